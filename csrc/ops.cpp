@@ -1,0 +1,255 @@
+// The operators torch.ops.inferneo.*: checks, threads and tensors around sampler.h, on the libtorch stable ABI.
+//
+// An error begins with the name of the class in inferneo_core/errors.py that CpuOps raises it as.
+#include <Python.h>
+
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wunused-parameter"  // in torch's own headers
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#pragma GCC diagnostic pop
+
+#include <algorithm>
+#include <atomic>
+#include <initializer_list>
+#include <limits>
+#include <optional>
+#include <sstream>
+#include <stdexcept>
+#include <string>
+#include <tuple>
+
+#include "sampler.h"
+
+namespace inferneo {
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+constexpr int64_t kMaxVocabSize = int64_t{1} << 22;  // keeps the mass of a row, vocab_size * 2**40, in an int64
+
+template <class... Parts>
+void check(bool condition, const Parts&... parts) {
+  if (condition) return;
+  std::ostringstream message;
+  message << "ShapeError: ";
+  (message << ... << parts);
+  throw std::runtime_error(message.str());
+}
+
+// A contiguous CPU tensor of this type and shape (-1: any size); a strided one is copied.
+Tensor checked(const char* name, const Tensor& tensor, ScalarType dtype, std::initializer_list<int64_t> shape) {
+  check(tensor.is_cpu(), name, " is not on the CPU; CpuOps takes CPU tensors");
+  check(tensor.scalar_type() == dtype, name, " has dtype ", torch::headeronly::toString(tensor.scalar_type()),
+        "; it must be ", torch::headeronly::toString(dtype));
+  bool same = tensor.dim() == static_cast<int64_t>(shape.size());
+  int64_t dim = 0;
+  for (const int64_t size : shape) {
+    same = same && (size < 0 || tensor.size(dim) == size);
+    ++dim;
+  }
+  if (!same) {
+    std::ostringstream shapes;
+    shapes << "[";
+    for (int64_t i = 0; i < tensor.dim(); ++i) shapes << (i > 0 ? ", " : "") << tensor.size(i);
+    shapes << "]; it must be [";
+    for (const int64_t* size = shape.begin(); size != shape.end(); ++size) {
+      shapes << (size != shape.begin() ? ", " : "") << (*size < 0 ? "any" : std::to_string(*size));
+    }
+    check(false, name, " has shape ", shapes.str(), "]");
+  }
+  return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
+}
+
+Tensor checked_logits(const Tensor& logits) {
+  const ScalarType dtype = logits.scalar_type();
+  const Tensor result = checked("logits", logits, dtype == ScalarType::BFloat16 ? dtype : ScalarType::Float, {-1, -1});
+  check(result.size(1) >= 1 && result.size(1) <= kMaxVocabSize, "logits has a vocabulary of ", result.size(1),
+        "; it must be in [1, ", kMaxVocabSize, "]");
+  return result;
+}
+
+template <class T>
+const T* data(const Tensor& tensor) {
+  return static_cast<const T*>(tensor.const_data_ptr());
+}
+
+template <class T>
+T* mutable_data(const Tensor& tensor) {
+  return static_cast<T*>(tensor.mutable_data_ptr());
+}
+
+void run_on_torch_threads(int lanes, void (*task)(void* context, int lane), void* context) {
+  torch::stable::parallel_for(0, lanes, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t lane = begin; lane < end; ++lane) task(context, static_cast<int>(lane));
+  });
+}
+
+// f(row, threads, workspace) for every row: rows side by side when there are enough, else each on all threads.
+template <class F>
+void for_each_row(int64_t num_rows, int64_t num_threads, F&& f) {
+  thread_local Workspace workspace;
+  check(num_threads >= 0, "num_threads is ", num_threads, "; it is at least 1, or 0 for torch's own");
+  const int64_t pool = torch::stable::get_num_threads();
+  const Threads all{static_cast<int>(num_threads == 0 ? pool : std::min(num_threads, pool)), run_on_torch_threads};
+  if (all.count == 1 || num_rows < all.count) {
+    for (int64_t row = 0; row < num_rows; ++row) f(row, all, workspace);
+    return;
+  }
+  std::atomic<int64_t> next{0};
+  const Threads one{1, run_on_torch_threads};
+  run_lanes(all, all.count, [&](int) {
+    for (int64_t row = next++; row < num_rows; row = next++) f(row, one, workspace);
+  });
+}
+
+struct Biases {
+  Tensor start, ids, values;
+};
+
+std::optional<Biases> checked_biases(const std::optional<Tensor>& start, const std::optional<Tensor>& ids,
+                                     const std::optional<Tensor>& values, int64_t num_seqs, int64_t vocab_size) {
+  const bool given = start.has_value();
+  check(ids.has_value() == given && values.has_value() == given,
+        "bias_start, bias_ids and bias_values must be given together");
+  if (!given) return std::nullopt;
+  Biases biases{checked("bias_start", *start, ScalarType::Int, {num_seqs + 1}),
+                checked("bias_ids", *ids, ScalarType::Int, {-1}),
+                {}};
+  const int64_t count = biases.ids.size(0);
+  biases.values = checked("bias_values", *values, ScalarType::Float, {count});
+  const auto* offsets = data<int32_t>(biases.start);
+  bool rises = offsets[0] == 0 && offsets[num_seqs] == count;
+  for (int64_t i = 0; i < num_seqs; ++i) rises = rises && offsets[i] <= offsets[i + 1];
+  check(rises, "bias_start must rise from 0 to ", count, ", the number of biases");
+  for (int64_t i = 0; i < count; ++i) {
+    const int32_t id = data<int32_t>(biases.ids)[i];
+    check(id >= 0 && id < vocab_size, "bias_ids[", i, "] is ", id, "; it is in [0, ", vocab_size, ")");
+    const float value = data<float>(biases.values)[i];
+    check(value < std::numeric_limits<float>::infinity(), "bias_values[", i, "] is ", value,
+          "; a bias is finite, or -inf to forbid the token");
+  }
+  return biases;
+}
+
+template <class T>
+void sample_rows(const Tensor& logits, const Tensor& floats, const Tensor& ints,
+                 const std::optional<Tensor>& token_counts, const std::optional<Biases>& biases, int64_t num_threads,
+                 int64_t* token_ids) {
+  const Isa isa = cpu_isa();
+  const int64_t vocab_size = logits.size(1);
+  const T* all_logits = data<T>(logits);
+  const auto* all_floats = data<float>(floats);
+  const auto* all_ints = data<int64_t>(ints);
+  const int32_t* counts = token_counts ? data<int32_t>(*token_counts) : nullptr;
+  const int32_t* bias_start = biases ? data<int32_t>(biases->start) : nullptr;
+  const int32_t* bias_ids = biases ? data<int32_t>(biases->ids) : nullptr;
+  const float* bias_values = biases ? data<float>(biases->values) : nullptr;
+  for_each_row(logits.size(0), num_threads, [&](int64_t row, const Threads& threads, Workspace& workspace) {
+    RowParams params{all_floats + row * kNumFloats, all_ints + row * kNumInts, nullptr, nullptr, nullptr, 0};
+    const int64_t count_row = params.ints[kCountRow];
+    if (count_row >= 0) params.counts = counts + count_row * vocab_size;
+    if (bias_start != nullptr) {
+      params.bias_ids = bias_ids + bias_start[row];
+      params.bias_values = bias_values + bias_start[row];
+      params.num_biases = bias_start[row + 1] - bias_start[row];
+    }
+    token_ids[row] = sample_row(all_logits + row * vocab_size, vocab_size, params, isa, threads, workspace);
+  });
+}
+
+Tensor sample(const Tensor& logits, const Tensor& floats, const Tensor& ints, const std::optional<Tensor>& token_counts,
+              const std::optional<Tensor>& bias_start, const std::optional<Tensor>& bias_ids,
+              const std::optional<Tensor>& bias_values, int64_t num_threads) {
+  const Tensor x = checked_logits(logits);
+  const int64_t num_seqs = x.size(0);
+  const int64_t vocab_size = x.size(1);
+  const Tensor float_rows = checked("floats", floats, ScalarType::Float, {num_seqs, kNumFloats});
+  const Tensor int_rows = checked("ints", ints, ScalarType::Long, {num_seqs, kNumInts});
+  std::optional<Tensor> counts;
+  if (token_counts) counts = checked("token_counts", *token_counts, ScalarType::Int, {-1, vocab_size});
+  const int64_t num_count_rows = counts ? counts->size(0) : 0;
+  for (int64_t row = 0; row < num_seqs; ++row) {
+    const int64_t count_row = data<int64_t>(int_rows)[row * kNumInts + kCountRow];
+    check(count_row < num_count_rows, "the count_row of row ", row, " is ", count_row, "; token_counts has ",
+          num_count_rows, " rows");
+  }
+  const auto biases = checked_biases(bias_start, bias_ids, bias_values, num_seqs, vocab_size);
+
+  Tensor token_ids = torch::stable::empty({num_seqs}, ScalarType::Long);
+  const auto run = x.scalar_type() == ScalarType::BFloat16 ? sample_rows<BFloat16> : sample_rows<float>;
+  run(x, float_rows, int_rows, counts, biases, num_threads, mutable_data<int64_t>(token_ids));
+  return token_ids;
+}
+
+using Scores = std::tuple<Tensor, Tensor, Tensor, Tensor>;
+
+template <class T>
+void score_rows(const Tensor& logits, const Tensor& targets, int64_t num_logprobs, int64_t num_threads,
+                const Scores& out) {
+  const Isa isa = cpu_isa();
+  const int64_t vocab_size = logits.size(1);
+  const T* all_logits = data<T>(logits);
+  const auto* target = data<int64_t>(targets);
+  auto* logprobs = mutable_data<float>(std::get<0>(out));
+  auto* ranks = mutable_data<int64_t>(std::get<1>(out));
+  auto* top_ids = mutable_data<int64_t>(std::get<2>(out));
+  auto* top_logprobs = mutable_data<float>(std::get<3>(out));
+  for_each_row(logits.size(0), num_threads, [&](int64_t row, const Threads& threads, Workspace& workspace) {
+    const ScoreOutput score =
+        score_row(all_logits + row * vocab_size, vocab_size, target[row], num_logprobs, isa, threads, workspace,
+                  top_ids + row * num_logprobs, top_logprobs + row * num_logprobs);
+    logprobs[row] = score.logprob;
+    ranks[row] = score.rank;
+  });
+}
+
+Scores score(const Tensor& logits, const Tensor& targets, int64_t num_logprobs, int64_t num_threads) {
+  const Tensor x = checked_logits(logits);
+  const int64_t num_rows = x.size(0);
+  const int64_t vocab_size = x.size(1);
+  const Tensor ids = checked("targets", targets, ScalarType::Long, {num_rows});
+  check(num_logprobs >= 0 && num_logprobs <= vocab_size, "num_logprobs is ", num_logprobs, "; it is in [0, ",
+        vocab_size, "] (the vocabulary)");
+  for (int64_t row = 0; row < num_rows; ++row) {
+    const int64_t id = data<int64_t>(ids)[row];
+    check(id >= -1 && id < vocab_size, "targets[", row, "] is ", id, "; a target is in [0, ", vocab_size,
+          "), or -1 for none");
+  }
+  Scores out{torch::stable::empty({num_rows}, ScalarType::Float), torch::stable::empty({num_rows}, ScalarType::Long),
+             torch::stable::empty({num_rows, num_logprobs}, ScalarType::Long),
+             torch::stable::empty({num_rows, num_logprobs}, ScalarType::Float)};
+  const auto run = x.scalar_type() == ScalarType::BFloat16 ? score_rows<BFloat16> : score_rows<float>;
+  run(x, ids, num_logprobs, num_threads, out);
+  return out;
+}
+
+std::string cpu_isa_name() { return isa_name(cpu_isa()); }
+
+STABLE_TORCH_LIBRARY(inferneo, m) {
+  m.def(
+      "sample(Tensor logits, Tensor floats, Tensor ints, Tensor? token_counts, Tensor? bias_start, Tensor? bias_ids, "
+      "Tensor? bias_values, int num_threads) -> Tensor");
+  m.def(
+      "score(Tensor logits, Tensor targets, int num_logprobs, int num_threads) -> "
+      "(Tensor, Tensor, Tensor, Tensor)");
+  m.def("cpu_isa() -> str");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(inferneo, CPU, m) {
+  m.impl("sample", TORCH_BOX(&sample));
+  m.impl("score", TORCH_BOX(&score));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(inferneo, CompositeExplicitAutograd, m) { m.impl("cpu_isa", TORCH_BOX(&cpu_isa_name)); }
+
+}  // namespace
+}  // namespace inferneo
+
+// Importing inferneo_core._C only loads this library, which registers the operators.
+PyMODINIT_FUNC PyInit__C() {
+  static PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};
+  return PyModule_Create(&module);
+}

@@ -1,0 +1,1 @@
+# The compiled extension of csrc/. Importing it registers the operators torch.ops.inferneo.*; it holds no names.

@@ -1,0 +1,139 @@
+"""From a model's name and an EngineConfig to the parts of an engine: files, tokenizer, network, cache, backend."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from inferneo_core.batch_builder import BatchBuilder
+from inferneo_core.block_manager import BlockManager
+from inferneo_core.config import EngineConfig, ModelConfig
+from inferneo_core.errors import ConfigError
+from inferneo_core.kv_cache import KVCache, num_blocks_for
+from inferneo_core.loader import load_llama
+from inferneo_core.memory import default_cache_memory
+from inferneo_core.ops import select_device, select_ops
+from inferneo_core.runner import ModelRunner
+from inferneo_core.scheduler import Scheduler
+from inferneo_core.tokenizer import Tokenizer
+from inferneo_core.weights import ModelFiles, open_checkpoint, resolve
+from inferneo_core.weights.checkpoint import Checkpoint
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class EngineParts:
+    """Everything an Engine drives."""
+
+    model_config: ModelConfig
+    max_model_len: int
+    tokenizer: Tokenizer
+    runner: ModelRunner
+    scheduler: Scheduler
+    block_manager: BlockManager
+
+
+def assemble(model: str | Path, config: EngineConfig) -> EngineParts:
+    """Load a model and make the parts of its engine. Each phase's time is logged.
+
+    Raises:
+        ModelError: the model's files cannot be used.
+        ConfigError: max_model_len is beyond the model, or the cache is too small for it.
+        BackendUnavailable: the device or the backend is missing.
+    """
+    device = select_device(config.device)
+    with _phase("found the model's files"):
+        files = resolve(model)
+    with _phase("read the tokenizer and the config"):
+        checkpoint = open_checkpoint(files)
+        model_config = read_config(files, checkpoint)
+        tokenizer = _read_tokenizer(files, checkpoint)
+    dtype = choose_dtype(config.dtype, checkpoint.dtype, device)
+    max_model_len = _max_model_len(config.max_model_len, model_config)
+    ops = select_ops(config.ops, device, dtype, config.num_threads)
+    try:
+        with _phase(f"loaded {checkpoint.num_bytes:,} bytes of weights for ops={ops.name} dtype={dtype}"):
+            llama = load_llama(checkpoint, model_config, ops, max_model_len)
+    finally:
+        checkpoint.close()
+    cache_dtype = dtype if config.kv_cache_dtype == "auto" else getattr(torch, config.kv_cache_dtype)
+    num_blocks = num_blocks_for(
+        config.kv_cache_memory if config.kv_cache_memory is not None else default_cache_memory(device),
+        model_config,
+        block_size=config.block_size,
+        dtype=cache_dtype,
+        max_model_len=max_model_len,
+        max_num_seqs=config.max_num_seqs,
+    )
+    with _phase(f"made a KV cache of {num_blocks} blocks of {config.block_size} tokens"):
+        cache = KVCache(model_config, num_blocks, config.block_size, cache_dtype, device)
+    logger.info("the KV cache takes up to %s bytes on %s", f"{cache.num_bytes:,}", device)
+    builder = BatchBuilder(
+        max_num_seqs=config.max_num_seqs,
+        max_model_len=max_model_len,
+        block_size=config.block_size,
+        vocab_size=model_config.vocab_size,
+        device=device,
+    )
+    block_manager = BlockManager(num_blocks, config.block_size, config.enable_prefix_caching)
+    return EngineParts(
+        model_config=model_config,
+        max_model_len=max_model_len,
+        tokenizer=tokenizer,
+        runner=ModelRunner(llama, cache, ops, builder),
+        scheduler=Scheduler(
+            block_manager, max_num_seqs=config.max_num_seqs, max_num_batched_tokens=config.max_num_batched_tokens
+        ),
+        block_manager=block_manager,
+    )
+
+
+@contextmanager
+def _phase(what: str) -> Iterator[None]:
+    started = time.perf_counter()
+    yield
+    logger.info("%s in %.3f s", what, time.perf_counter() - started)
+
+
+def read_config(files: ModelFiles, checkpoint: Checkpoint) -> ModelConfig:
+    """The ModelConfig of a model's files, from config.json or the GGUF metadata.
+
+    Raises:
+        ModelError: the config cannot be used.
+    """
+    if files.format == "gguf":
+        return ModelConfig.from_gguf(checkpoint.metadata(), checkpoint.names())
+    return ModelConfig.from_hf(files.config())
+
+
+def _read_tokenizer(files: ModelFiles, checkpoint: Checkpoint) -> Tokenizer:
+    if files.format == "gguf":
+        return Tokenizer.from_gguf(checkpoint.metadata())
+    return Tokenizer.from_directory(files.directory)
+
+
+def choose_dtype(wanted: str, stored: torch.dtype | None, device: torch.device) -> torch.dtype:
+    """The model dtype: as wanted, or the checkpoint's own; quantised ones run in fp32 on a CPU, bf16 on a GPU."""
+    if wanted != "auto":
+        dtype = getattr(torch, wanted)
+        assert isinstance(dtype, torch.dtype)
+        return dtype
+    if stored is not None:
+        return stored
+    return torch.float32 if device.type == "cpu" else torch.bfloat16
+
+
+def _max_model_len(wanted: int | None, config: ModelConfig) -> int:
+    limit = config.max_context_len
+    if wanted is None:
+        return limit
+    if wanted > limit:
+        raise ConfigError(f"max_model_len is {wanted}; the model's context length is {limit} (lower max_model_len)")
+    return wanted

@@ -1,0 +1,203 @@
+"""BatchBuilder: a ScheduledBatch as the tensors of one step.
+
+What a sequence keeps from step to step (its block table, its parameter row, its penalty counts) lies in one row of
+preallocated arrays and is only brought up to date, so a decode step costs little however long its sequences are.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from inferneo_core.batch import (
+    CHOICE,
+    COUNT_ROW,
+    NUM_FLOATS,
+    NUM_INTS,
+    POSITION,
+    PROMPT_BIT,
+    AttentionMetadata,
+    ModelInput,
+    SamplingBatch,
+)
+from inferneo_core.scheduler import ScheduledBatch
+from inferneo_core.sequence import Sequence
+
+
+class _Row:
+    """Where one sequence's state lies, and how far it is up to date."""
+
+    __slots__ = ("bias", "block_table", "index", "num_blocks", "num_counted")
+
+    def __init__(self, index: int) -> None:
+        self.index = index
+        self.block_table: list[int] | None = None  # the list that was copied; preemption gives a sequence a new one
+        self.num_blocks = 0
+        self.num_counted = 0
+        self.bias: dict[int, float] | None = None
+
+
+class BatchBuilder:
+    """Builds ModelInput and SamplingBatch.
+
+    Args:
+        max_num_seqs: sequences a batch at most.
+        max_model_len, block_size: tokens a sequence, and tokens a block.
+        vocab_size: columns of the penalty counts.
+        device: where the tensors go.
+    """
+
+    def __init__(
+        self, *, max_num_seqs: int, max_model_len: int, block_size: int, vocab_size: int, device: torch.device
+    ) -> None:
+        self._block_size = block_size
+        self._vocab_size = vocab_size
+        self._device = device
+        self._rows: OrderedDict[int, _Row] = OrderedDict()  # by seq_id, least recently batched first
+        self._max_rows = max_num_seqs
+        self._block_tables = np.zeros((max_num_seqs, -(-max_model_len // block_size)), dtype=np.int32)
+        self._floats = np.zeros((max_num_seqs, NUM_FLOATS), dtype=np.float32)
+        self._ints = np.zeros((max_num_seqs, NUM_INTS), dtype=np.int64)
+        self._counts: Tensor | None = None  # [max_num_seqs, vocab_size] int32, made when a penalty is first asked for
+
+    def model_input(self, batch: ScheduledBatch) -> ModelInput:
+        """The step's tokens, their slots, and which rows of the output are sampled."""
+        token_ids: list[int] = []
+        positions: list[NDArray[np.int64]] = []
+        rows: list[int] = []
+        starts, seq_lens, sampled = [0], [], []
+        for share in batch.sequences:
+            end = share.start + share.num_tokens
+            token_ids += share.sequence.token_ids[share.start : end]
+            positions.append(np.arange(share.start, end))
+            rows.append(self._row(share.sequence).index)
+            starts.append(starts[-1] + share.num_tokens)
+            seq_lens.append(end)
+            if share.samples:
+                sampled.append(starts[-1] - 1)
+        max_seq_len = max(seq_lens)
+        query_lens = np.diff(starts)
+        tables = self._block_tables[rows, : -(-max_seq_len // self._block_size)]
+        flat_positions = np.concatenate(positions)
+        blocks = tables[np.repeat(np.arange(len(rows)), query_lens), flat_positions // self._block_size]
+        slots = blocks.astype(np.int64) * self._block_size + flat_positions % self._block_size
+        attention = AttentionMetadata(
+            query_start_loc=self._tensor(np.array(starts, dtype=np.int32)),
+            seq_lens=self._tensor(np.array(seq_lens, dtype=np.int32)),
+            block_tables=self._tensor(tables),
+            max_query_len=int(query_lens.max()),
+            max_seq_len=max_seq_len,
+        )
+        return ModelInput(
+            token_ids=self._tensor(np.array(token_ids, dtype=np.int64)),
+            positions=self._tensor(flat_positions),
+            slot_mapping=self._tensor(slots),
+            attention=attention,
+            rows=self._tensor(np.array(sampled, dtype=np.int64)),
+        )
+
+    def sampling_batch(self, sequences: list[Sequence]) -> SamplingBatch:
+        """One parameter row a sequence that draws a token in this step; call after `model_input`."""
+        rows = [self._row(sequence) for sequence in sequences]
+        indices = [row.index for row in rows]
+        ints = self._ints[indices]
+        ints[:, POSITION] = [sequence.num_tokens for sequence in sequences]
+        penalised = False
+        for row, sequence in zip(rows, sequences, strict=True):
+            if sequence.params.needs_penalties:
+                self._count(row, sequence)
+                penalised = True
+        bias_start, bias_ids, bias_values = self._biases(rows, sequences)
+        wanted = [sequence.params.logprobs for sequence in sequences if sequence.params.logprobs is not None]
+        return SamplingBatch(
+            floats=self._tensor(self._floats[indices]),
+            ints=self._tensor(ints),
+            token_counts=self._counts if penalised else None,
+            bias_start=bias_start,
+            bias_ids=bias_ids,
+            bias_values=bias_values,
+            num_logprobs=max(wanted, default=-1),
+        )
+
+    def _row(self, sequence: Sequence) -> _Row:
+        """The sequence's row, its block table up to date."""
+        row = self._rows.get(sequence.seq_id)
+        if row is None:
+            row = self._new_row(sequence)
+        self._rows.move_to_end(sequence.seq_id)
+        table = sequence.block_table
+        if row.block_table is not table:
+            row.block_table, row.num_blocks = table, 0
+        if row.num_blocks < len(table):
+            self._block_tables[row.index, row.num_blocks : len(table)] = table[row.num_blocks :]
+            row.num_blocks = len(table)
+        return row
+
+    def _new_row(self, sequence: Sequence) -> _Row:
+        if len(self._rows) < self._max_rows:
+            row = _Row(len(self._rows))
+        else:  # the least recently batched sequence is in no batch of this step; if it comes back it starts over
+            row = _Row(self._rows.popitem(last=False)[1].index)
+        self._rows[sequence.seq_id] = row
+        params = sequence.params
+        row.bias = dict(params.logit_bias) if params.logit_bias else None
+        self._floats[row.index] = (
+            1.0 / params.temperature if params.temperature > 0.0 else 0.0,
+            params.top_p,
+            params.min_p,
+            params.typical_p,
+            params.repetition_penalty,
+            params.presence_penalty,
+            params.frequency_penalty,
+        )
+        seed = sequence.seed & (2**64 - 1)
+        signed_seed = seed - 2**64 if seed >= 2**63 else seed  # the 64 bits of the key, as torch stores them
+        self._ints[row.index] = (min(params.top_k, self._vocab_size), signed_seed, 0, 0, -1)
+        self._ints[row.index, CHOICE] = sequence.choice
+        self._ints[row.index, COUNT_ROW] = row.index if params.needs_penalties else -1
+        return row
+
+    def _count(self, row: _Row, sequence: Sequence) -> None:
+        """Bring the sequence's penalty counts up to its accepted tokens. Counting twice cannot happen: a repeated
+        step finds them counted."""
+        if self._counts is None:
+            self._counts = torch.zeros(self._max_rows, self._vocab_size, dtype=torch.int32, device=self._device)
+        counts = self._counts[row.index]
+        if row.num_counted == 0:
+            counts.zero_()
+            prompt = torch.tensor(sequence.token_ids[: sequence.num_prompt_tokens], device=self._device)
+            counts[prompt] = PROMPT_BIT
+            row.num_counted = sequence.num_prompt_tokens
+        new = sequence.token_ids[row.num_counted :]
+        if new:
+            ids = torch.tensor(new, device=self._device)
+            counts.index_add_(0, ids, torch.ones_like(ids, dtype=torch.int32))
+            row.num_counted = sequence.num_tokens
+
+    def _biases(
+        self, rows: list[_Row], sequences: list[Sequence]
+    ) -> tuple[Tensor, Tensor, Tensor] | tuple[None, None, None]:
+        """logit_bias, and -inf on the ends of text while min_tokens withholds them."""
+        starts, ids, values = [0], list[int](), list[float]()
+        for row, sequence in zip(rows, sequences, strict=True):
+            if row.bias:
+                ids += row.bias.keys()
+                values += row.bias.values()
+            if sequence.num_output_tokens < sequence.params.min_tokens:
+                ids += sequence.stop_ids
+                values += [float("-inf")] * len(sequence.stop_ids)
+            starts.append(len(ids))
+        if not ids:
+            return None, None, None
+        return (
+            self._tensor(np.array(starts, dtype=np.int32)),
+            self._tensor(np.array(ids, dtype=np.int32)),
+            self._tensor(np.array(values, dtype=np.float32)),
+        )
+
+    def _tensor(self, array: NDArray[np.generic]) -> Tensor:
+        return torch.from_numpy(array).to(self._device)

@@ -1,0 +1,288 @@
+"""Engine: one model that many streams share, a step at a time."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import time
+from collections import deque
+from collections.abc import Sequence as SequenceOf
+from functools import partial
+from pathlib import Path
+from types import TracebackType
+
+import torch
+from tqdm import tqdm
+
+from inferneo_core.assembly import assemble
+from inferneo_core.batch import SampleOutput
+from inferneo_core.config import EngineConfig
+from inferneo_core.errors import EngineClosed, StepFailed
+from inferneo_core.outputs import Completion, EngineStats
+from inferneo_core.prompt import Prompt, encode_prompt, make_sequence, pair_params
+from inferneo_core.request import Request
+from inferneo_core.runner import PromptScores, logprobs_of
+from inferneo_core.sampling_params import SamplingParams
+from inferneo_core.scheduler import ScheduledBatch
+from inferneo_core.step_driver import StepDriver
+from inferneo_core.stream import TokenStream
+from inferneo_core.stream_decoder import StreamDecoder
+
+logger = logging.getLogger(__name__)
+
+SPEED_WINDOW = 128  # steps over which stats() averages its tokens/s
+
+
+class Engine:
+    """Generates text from a Llama. Thread-safe: any number of threads may stream at once and share its batches.
+
+    No thread is started: a consumer that lacks a token drives the next step for everybody.
+
+    Args:
+        model: a directory, a .gguf file, a hub id, or the known name "smollm2-135m-instruct".
+        device, ops, dtype, kv_cache_dtype, kv_cache_memory, block_size, max_model_len, max_num_seqs,
+            max_num_batched_tokens, enable_prefix_caching, batch_invariant, num_threads: see EngineConfig.
+
+    Attributes:
+        config: EngineConfig, as given.
+        model_config: ModelConfig of the model.
+        tokenizer: its Tokenizer.
+        max_model_len: tokens of prompt and output that one stream may have.
+
+    Raises:
+        ModelError: the model's files cannot be used.
+        ConfigError: an argument is impossible, or the cache does not fit.
+        BackendUnavailable: the device or the backend is missing.
+    """
+
+    def __init__(
+        self,
+        model: str | Path,
+        *,
+        device: str = "auto",
+        ops: str = "auto",
+        dtype: str = "auto",
+        kv_cache_dtype: str = "auto",
+        kv_cache_memory: int | None = None,
+        block_size: int = 16,
+        max_model_len: int | None = None,
+        max_num_seqs: int = 64,
+        max_num_batched_tokens: int = 2048,
+        enable_prefix_caching: bool = True,
+        batch_invariant: bool | None = None,
+        num_threads: int | None = None,
+    ) -> None:
+        self.config = EngineConfig(
+            device=device,
+            ops=ops,
+            dtype=dtype,
+            kv_cache_dtype=kv_cache_dtype,
+            kv_cache_memory=kv_cache_memory,
+            block_size=block_size,
+            max_model_len=max_model_len,
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=max_num_batched_tokens,
+            enable_prefix_caching=enable_prefix_caching,
+            batch_invariant=batch_invariant,
+            num_threads=num_threads,
+        )
+        parts = assemble(model, self.config)
+        self.model_config = parts.model_config
+        self.max_model_len = parts.max_model_len
+        self.tokenizer = parts.tokenizer
+        self._runner = parts.runner
+        self._scheduler = parts.scheduler
+        self._block_manager = parts.block_manager
+        self._requests: dict[int, Request] = {}  # alive, by seq_id
+        self._seq_ids = itertools.count()
+        self._driver = StepDriver(self._step, self._shut)
+        self._num_steps = 0
+        self._num_prompt_tokens = 0
+        self._num_generated_tokens = 0
+        self._num_aborts = 0
+        self._speed: deque[tuple[float, int]] = deque(maxlen=SPEED_WINDOW)  # (seconds, tokens) of recent steps
+
+    def stream(self, prompt: Prompt, params: SamplingParams | None = None, *, choice: int = 0) -> TokenStream:
+        """Start generating; returns at once.
+
+        Args:
+            prompt: text, token ids, or chat messages (dicts with "role" and "content").
+            params: SamplingParams; None takes its defaults.
+            choice: tells apart the draws of several answers to one prompt and seed.
+        Returns:
+            A TokenStream: iterate over it for TokenOutputs; close or drop it to abort.
+        Raises:
+            RequestError: the prompt or the parameters are refused; nothing was started.
+            EngineClosed: the engine was closed.
+        """
+        if params is None:
+            params = SamplingParams()
+        elif not isinstance(params, SamplingParams):
+            raise TypeError(f"params is a {type(params).__name__}; it is a SamplingParams or None")
+        vocab_size = self.model_config.vocab_size
+        sequence = make_sequence(
+            next(self._seq_ids),
+            encode_prompt(prompt, self.tokenizer, vocab_size),
+            params,
+            choice=choice,
+            max_model_len=self.max_model_len,
+            vocab_size=vocab_size,
+            eos_token_ids=self.tokenizer.eos_token_ids,
+        )
+        request = Request(sequence, StreamDecoder(self.tokenizer, tuple(params.stop)))
+        self._driver.submit(partial(self._admit, request))
+        return TokenStream(self, request)
+
+    def generate(
+        self,
+        prompts: SequenceOf[Prompt],
+        params: SamplingParams | SequenceOf[SamplingParams] | None = None,
+        *,
+        progress: bool = False,
+    ) -> list[Completion]:
+        """Generate answers to many prompts in shared batches; returns them in the order of the prompts.
+
+        Args:
+            prompts: a list of what `stream` takes.
+            params: for all of them, or one for each.
+            progress: show a tqdm bar.
+        Raises:
+            RequestError: one of them is refused; nothing was started.
+            StepFailed, EngineClosed: as iteration over a stream does; the others are aborted.
+        """
+        streams: list[TokenStream] = []
+        try:
+            for prompt, its_params in pair_params(prompts, params):
+                streams.append(self.stream(prompt, its_params))
+            for stream in tqdm(streams, desc="Generating", unit="prompt", disable=not progress):
+                deque(stream, maxlen=0)
+            return [stream.completion() for stream in streams]
+        finally:
+            for stream in streams:
+                stream.close()
+
+    def step(self) -> bool:
+        """Run one step for every live stream; False when there was nothing to do. Streams call this by themselves."""
+        return self._driver.step()
+
+    def stats(self) -> EngineStats:
+        """A snapshot of the engine's gauges and counters."""
+        with self._driver.between_steps():
+            seconds = sum(duration for duration, _ in self._speed)
+            return EngineStats(
+                running=self._scheduler.num_running,
+                waiting=self._scheduler.num_waiting + self._scheduler.num_paused,
+                free_blocks=self._block_manager.free_blocks,
+                cached_blocks=self._block_manager.cached_blocks,
+                total_blocks=self._block_manager.total_blocks,
+                steps=self._num_steps,
+                prompt_tokens=self._num_prompt_tokens,
+                generated_tokens=self._num_generated_tokens,
+                prefix_query_tokens=self._scheduler.prefix_query_tokens,
+                prefix_hit_tokens=self._scheduler.prefix_hit_tokens,
+                preemptions=self._scheduler.num_preemptions,
+                aborts=self._num_aborts,
+                tokens_per_s=sum(tokens for _, tokens in self._speed) / seconds if seconds else 0.0,
+            )
+
+    def close(self) -> None:
+        """End every live stream with EngineClosed and release the weights and the cache. Thread-safe, idempotent.
+
+        Waits for the step in flight, except when called from inside it; then the step closes the engine as it ends.
+        """
+        self._driver.close()
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    # What a TokenStream calls.
+
+    def advance(self, request: Request) -> None:
+        """Return once the request is settled: wait while another thread steps, otherwise step."""
+        progressed = self._driver.advance(lambda: request.is_settled)
+        assert progressed or request.is_settled, f"no step can serve {request.sequence}"
+
+    def abort(self, request: Request) -> None:
+        """End the request before the next step."""
+        self._driver.post(partial(self._end, request))
+
+    def set_paused(self, request: Request, paused: bool) -> None:
+        """Pause or resume the request before the next step."""
+        change = self._scheduler.pause if paused else self._scheduler.resume
+        self._driver.post(partial(change, request.sequence))
+
+    # The step, and what runs between steps. Only the thread whose turn it is comes here.
+
+    def _step(self) -> bool:
+        """Schedule, launch, wait, update, deliver."""
+        self._driver.drain()
+        batch = self._scheduler.schedule()
+        if not batch:
+            return False
+        started = time.perf_counter()
+        for share in batch.sequences:
+            self._requests[share.sequence.seq_id].start_prefill()
+        try:
+            pending = self._runner.launch(batch)
+            sampled = pending.wait()
+        except Exception as error:
+            self._fail(batch, error)
+            return True
+        self._scheduler.update(batch, [] if sampled is None else sampled.token_ids.tolist())
+        num_sampled = self._deliver(batch, pending.prompt_scores, sampled)
+        self._num_steps += 1
+        self._speed.append((time.perf_counter() - started, num_sampled))
+        return True
+
+    def _deliver(self, batch: ScheduledBatch, prompt_scores: list[PromptScores], sampled: SampleOutput | None) -> int:
+        """Hand each stream its token; returns how many there were."""
+        for scores in prompt_scores:
+            self._requests[scores.sequence.seq_id].accept_prompt_logprobs(scores.start, scores.logprobs)
+        if sampled is None:
+            return 0
+        sequences = [share.sequence for share in batch.sequences if share.samples]
+        logprobs = [None] * len(sequences) if sampled.logprobs is None else logprobs_of(sampled)
+        for sequence, logprob in zip(sequences, logprobs, strict=True):
+            request = self._requests[sequence.seq_id]
+            request.accept(sequence.token_ids[-1], logprob)
+            if request.finish_reason is not None:
+                self._retire(request)
+        self._num_generated_tokens += len(sequences)
+        return len(sequences)
+
+    def _admit(self, request: Request) -> None:
+        self._requests[request.sequence.seq_id] = request
+        self._num_prompt_tokens += request.sequence.num_prompt_tokens
+        self._scheduler.add(request.sequence)
+
+    def _end(self, request: Request, error: BaseException | None = None) -> None:
+        """End a request that has not ended by itself; one that has stays as it is."""
+        if request.finish_reason is None:
+            request.end(error)
+            self._num_aborts += 1
+            self._retire(request)
+
+    def _retire(self, request: Request) -> None:
+        """Forget an ended request, free its blocks, and log it."""
+        assert request.finish_reason is not None
+        self._scheduler.finish(request.sequence, request.finish_reason)
+        del self._requests[request.sequence.seq_id]
+        request.log()
+
+    def _fail(self, batch: ScheduledBatch, cause: Exception) -> None:
+        """Raise a step's exception in every stream of its batch; the others go on, unless the device is lost."""
+        logger.error("a step of %d sequences failed: %r", len(batch.sequences), cause)
+        for share in batch.sequences:
+            error = StepFailed(f"the engine's step failed: {type(cause).__name__}: {cause}")
+            error.__cause__ = cause
+            self._end(self._requests[share.sequence.seq_id], error)
+        if isinstance(cause, torch.AcceleratorError):
+            self._driver.close()  # takes effect as this step ends: nothing on a lost device can be trusted
+
+    def _shut(self) -> None:
+        for request in list(self._requests.values()):
+            self._end(request, EngineClosed("the engine was closed before the stream's end"))
+        self._runner.release()

@@ -1,0 +1,507 @@
+"""The `inferneo` command: its streams, exit codes and words. A fake engine stands in except where marked slow."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from io import StringIO
+from typing import Any
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+import inferneo_core
+from inferneo import __version__
+from inferneo.cli import app
+from inferneo.cli_chat import Chat
+from inferneo.cli_info import in_units
+from inferneo.cli_stream import Answer, Screen, figures, stream_answer
+from inferneo_core import Engine, SamplingParams
+from inferneo_core.errors import EngineClosed, InvalidPrompt, ModelNotFound
+from inferneo_core.outputs import Timings, TokenOutput
+
+TIMINGS = Timings(queued_ms=1.0, prefill_ms=20.4, ttft_ms=21.4, decode_ms=100.0, tokens_per_s=12.34, cached_tokens=0)
+
+
+class FakeStream:
+    """Yields the given texts; an exception among them is raised in its turn."""
+
+    def __init__(self, script: tuple[str | BaseException, ...]) -> None:
+        self.script = script
+        self.closed = False
+
+    def __enter__(self) -> FakeStream:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.closed = True
+
+    def __iter__(self) -> Iterator[TokenOutput]:
+        for index, item in enumerate(self.script):
+            if isinstance(item, BaseException):
+                raise item
+            yield TokenOutput(item, index, index, None, None, None, TIMINGS)
+
+
+class FakeEngine:
+    """Answers each prompt with the next script, and remembers what it was asked."""
+
+    def __init__(self, *scripts: tuple[str | BaseException, ...]) -> None:
+        self.scripts = list(scripts)
+        self.prompts: list[Any] = []
+        self.params: list[SamplingParams] = []
+        self.streams: list[FakeStream] = []
+        self.arguments: dict[str, Any] = {}
+        self.closed = False
+
+    def open(self, model: str, **arguments: Any) -> FakeEngine:
+        self.arguments = {"model": model, **arguments}
+        return self
+
+    def __enter__(self) -> FakeEngine:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.closed = True
+
+    def stream(self, prompt: Any, params: SamplingParams) -> FakeStream:
+        self.prompts.append(prompt)
+        self.params.append(params)
+        self.streams.append(FakeStream(self.scripts.pop(0)))
+        return self.streams[-1]
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch):
+    """run(engine, *arguments, input=None): the command with `engine` behind it; the engine must end up closed."""
+
+    def run(engine: FakeEngine, *arguments: str, input: str | None = None):
+        monkeypatch.setattr(inferneo_core, "Engine", engine.open)
+        result = CliRunner().invoke(app, list(arguments), input=input)
+        assert engine.closed
+        return result
+
+    return run
+
+
+def python(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", code, *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+
+
+# Help and version
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["-h"], ["generate", "--help"], ["chat", "--help"], ["info", "-h"]])
+def test_help_loads_neither_torch_nor_the_engine(arguments):
+    code = """
+import sys
+from inferneo.cli import main
+try:
+    main()
+except SystemExit as exit:
+    assert not exit.code, exit.code
+loaded = {"torch", "numpy", "inferneo_core", "openai"} & set(sys.modules)
+assert not loaded, loaded
+"""
+    result = python(code, *arguments)
+    assert result.returncode == 0, result.stderr
+    assert "Usage: inferneo" in result.stdout
+
+
+def test_version_is_that_of_the_package():
+    result = CliRunner().invoke(app, ["--version"])
+    assert (result.exit_code, result.stdout) == (0, f"inferneo {__version__}\n")
+
+
+def test_no_command_shows_the_help():
+    result = CliRunner().invoke(app, [])
+    assert result.exit_code in (0, 2)  # typer changed its mind about this one
+    assert all(command in result.output for command in ("generate", "chat", "info"))
+
+
+# generate
+
+
+def test_generate_streams_to_stdout_and_puts_figures_on_stderr(run):
+    result = run(FakeEngine(("Hello", "", " wörld")), "generate", "some-model", "Hi")
+    assert result.exit_code == 0
+    assert result.stdout == "Hello wörld\n"
+    assert result.stderr == "3 tokens, first after 21 ms, 12.3 tokens/s\n"
+
+
+def test_generate_passes_every_option_on(run):
+    engine = FakeEngine(("x",))
+    options = (
+        "--max-tokens 7 --temperature 0.5 --top-k 40 --top-p 0.9 --min-p 0.05 --repetition-penalty 1.1 --seed 3 "
+        "--stop END --stop STOP --device cpu --dtype float32 --threads 2 --max-model-len 99"
+    )
+    run(engine, "generate", "some-model", "Hi", *options.split())
+    assert engine.prompts == ["Hi"]
+    assert engine.arguments == {
+        "model": "some-model",
+        "device": "cpu",
+        "dtype": "float32",
+        "num_threads": 2,
+        "max_model_len": 99,
+    }
+    assert engine.params == [
+        SamplingParams(
+            max_tokens=7,
+            temperature=0.5,
+            top_k=40,
+            top_p=0.9,
+            min_p=0.05,
+            repetition_penalty=1.1,
+            seed=3,
+            stop=("END", "STOP"),
+        )
+    ]
+
+
+def test_generate_chat_sends_messages(run):
+    engine = FakeEngine(("x",), ("x",))
+    run(engine, "generate", "m", "Hi", "--chat")
+    run(engine, "generate", "m", "Hi", "--chat", "--system", "Be brief.")
+    user = {"role": "user", "content": "Hi"}
+    assert engine.prompts == [[user], [{"role": "system", "content": "Be brief."}, user]]
+
+
+def test_generate_reads_the_prompt_from_stdin(run):
+    engine = FakeEngine(("x",))
+    run(engine, "generate", "m", "-", input="two\nlines\n")
+    assert engine.prompts == ["two\nlines\n"]
+
+
+def test_generate_interrupted_closes_the_stream_and_exits_130(run):
+    engine = FakeEngine(("some", " text", KeyboardInterrupt()))
+    result = run(engine, "generate", "m", "Hi")
+    assert (result.exit_code, result.stdout) == (130, "some text\n")
+    assert result.stderr.startswith("2 tokens, ")
+    assert engine.streams[0].closed
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (["generate", "m", "Hi", "--top-p", "0"], 1, "error: top_p is 0.0; it is in (0, 1] (1 keeps every token)\n"),
+        (["generate", "m", "Hi", "--temperature", "nan"], 1, "error: temperature is nan; "),
+        (["generate", "m", "Hi", "--max-tokens", "0"], 1, "error: max_tokens is 0; "),
+        (["generate", "m", "Hi", "--stop", ""], 1, "error: "),
+        (["generate", "/no/such/model", "Hi"], 1, "error: "),
+        (["chat", "/no/such/model"], 1, "error: "),
+        (["info", "/no/such/model"], 1, "error: "),
+        (["generate", "m", "Hi", "--device", "toaster"], 1, "error: device is 'toaster'; it is one of "),
+        (["generate", "m", "Hi", "--system", "x"], 2, "--chat"),
+        (["generate", "m", "Hi", "--top-k", "many"], 2, "--top-k"),
+        (["generate", "m"], 2, ""),
+        (["info", "m", "--context", "0"], 2, "--context"),
+        (["bogus"], 2, "bogus"),
+    ],
+)
+def test_bad_input_is_explained_on_stderr(arguments, code, words):
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == code
+    assert words in result.stderr
+    assert result.stdout == ""
+    if code == 1:
+        assert result.stderr.count("\n") == 1
+
+
+def test_generate_error_in_the_stream_is_one_line(run):
+    result = run(FakeEngine((InvalidPrompt("the prompt is empty"),)), "generate", "m", "")
+    assert (result.exit_code, result.stderr) == (1, "error: the prompt is empty\n")
+
+
+def test_error_while_the_model_opens_is_one_line(monkeypatch):
+    def fail(*args: object, **kwargs: object):
+        raise ModelNotFound("there is no m")
+
+    monkeypatch.setattr(inferneo_core, "Engine", fail)
+    result = CliRunner().invoke(app, ["generate", "m", "Hi"])
+    assert (result.exit_code, result.stderr) == (1, "error: there is no m\n")
+
+
+# A program that runs the command with an engine whose answers never end.
+ENDLESS = """
+import itertools
+import inferneo_core
+from inferneo.cli import main
+from inferneo_core.outputs import Timings, TokenOutput
+
+class Endless:
+    def __init__(self, *args, **kwargs): ...
+    def __enter__(self): return self
+    def __exit__(self, *exc_info): ...
+    def stream(self, prompt, params): return Endless()
+    def __iter__(self):
+        for index in itertools.count():
+            yield TokenOutput("text ", 0, index, None, None, None, Timings(0, 0, 0, 0, 0, 0))
+
+inferneo_core.Engine = Endless
+main()
+"""
+
+
+def test_broken_pipe_is_quiet():
+    command = [sys.executable, "-c", ENDLESS, "generate", "m", "Hi"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.read(4)
+        process.stdout.close()
+        assert process.stderr.read() == b""
+        assert process.wait(timeout=60) == 1
+
+
+def test_chat_survives_a_real_interrupt(tmp_path):
+    command = [sys.executable, "-c", ENDLESS, "chat", "m"]
+    notes = tmp_path / "notes"
+    with (
+        notes.open("wb") as stderr,
+        subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=stderr) as process,
+    ):
+        assert process.stdin is not None
+        assert process.stdout is not None
+        for _ in range(2):
+            process.stdin.write(b"Hi\n")
+            process.stdin.flush()
+            assert process.stdout.read(5) == b"text "
+            process.send_signal(signal.SIGINT)
+            while process.stdout.read(1) != b"\n":
+                pass
+        process.stdin.write(b"quit\n")
+        process.stdin.close()
+        assert process.stdout.read() == b""
+        assert process.wait(timeout=60) == 0
+    assert notes.read_text().count("first after") == 2
+
+
+# The pieces
+
+
+def test_stream_answer_writes_each_token_as_it_comes():
+    written: list[str] = []
+    engine = FakeEngine(("a", "", "b"))
+    answer = stream_answer(engine, "Hi", SamplingParams(), written.append)
+    assert written == ["a", "", "b"]
+    assert answer == Answer("ab", 3, TIMINGS, interrupted=False)
+
+
+@pytest.mark.parametrize(
+    ("num_tokens", "timings", "line"),
+    [
+        (0, None, "0 tokens"),
+        (1, TIMINGS, "1 token, first after 21 ms"),
+        (2, TIMINGS, "2 tokens, first after 21 ms, 12.3 tokens/s"),
+    ],
+)
+def test_figures_say_only_what_was_measured(num_tokens, timings, line):
+    assert figures(Answer("", num_tokens, timings, interrupted=False)) == line
+
+
+class Terminal(StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_screen_shows_control_characters_on_a_terminal_harmlessly():
+    terminal, file = Terminal(), StringIO()
+    hostile = "\x1b]0;title\x07 a\tb\nc\r\x9b2J\x7fé"
+    Screen(terminal).write(hostile)
+    Screen(file).write(hostile)
+    assert terminal.getvalue() == "\ufffd]0;title\ufffd a\tb\nc\ufffd\ufffd2J\ufffdé"
+    assert file.getvalue() == hostile
+
+
+# chat
+
+
+def converse(engine: FakeEngine, *lines: str | BaseException, system: str | None = None) -> tuple[Chat, str, list[str]]:
+    """Feed `lines` to a Chat; returns it with what it wrote and noted."""
+    script: Iterator[str | BaseException] = iter([*lines, EOFError()])
+
+    def read() -> str:
+        item = next(script)
+        if isinstance(item, BaseException):
+            raise item
+        return item
+
+    written: list[str] = []
+    notes: list[str] = []
+    chat = Chat(engine, SamplingParams(), system, write=written.append, note=notes.append)
+    chat.run(read)
+    return chat, "".join(written), notes
+
+
+def turn(role: str, content: str) -> dict[str, str]:
+    return {"role": role, "content": content}
+
+
+def test_chat_remembers_the_conversation():
+    engine = FakeEngine(("Hello", "!"), ("Fine.",))
+    chat, written, _ = converse(engine, "Hi", "How are you?", system="Be kind.")
+    first = [turn("system", "Be kind."), turn("user", "Hi")]
+    second = [*first, turn("assistant", "Hello!"), turn("user", "How are you?")]
+    assert engine.prompts == [first, second]
+    assert chat.messages == [*second, turn("assistant", "Fine.")]
+    assert written == "Hello!\nFine.\n\n"
+
+
+@pytest.mark.parametrize("word", ["/quit", "quit", "/exit", "exit", "  quit  "])
+def test_chat_leaves_on(word):
+    engine = FakeEngine()
+    converse(engine, word, "never read")
+    assert engine.prompts == []
+
+
+def test_chat_ignores_empty_lines():
+    engine = FakeEngine()
+    converse(engine, "", "   ")
+    assert engine.prompts == []
+
+
+def test_chat_reset_keeps_only_the_system_prompt():
+    chat, _, notes = converse(FakeEngine(("a",)), "Hi", "/reset", system="Be kind.")
+    assert chat.messages == [turn("system", "Be kind.")]
+    assert notes[-1] == "The conversation starts afresh."
+
+
+def test_chat_unknown_command_is_not_sent_to_the_model():
+    engine = FakeEngine(("a",))
+    _, _, notes = converse(engine, "/rest", "/etc/passwd holds what?")
+    assert "There is no command /rest. " in notes[1]
+    assert engine.prompts == [[turn("user", "/etc/passwd holds what?")]]
+
+
+def test_chat_interrupt_stops_the_answer_and_keeps_what_was_said():
+    engine = FakeEngine(("Once", " upon", KeyboardInterrupt()), ("ok",))
+    _, _, notes = converse(engine, "Tell me a story", "Go on")
+    assert engine.streams[0].closed
+    assert engine.prompts[1] == [
+        turn("user", "Tell me a story"),
+        turn("assistant", "Once upon"),
+        turn("user", "Go on"),
+    ]
+    assert notes[1].startswith("2 tokens, ")
+
+
+def test_chat_interrupt_before_the_first_token_forgets_the_turn():
+    engine = FakeEngine((KeyboardInterrupt(),), ("ok",))
+    converse(engine, "Hi", "Hello")
+    assert engine.prompts[1] == [turn("user", "Hello")]
+
+
+def test_chat_interrupt_at_the_prompt_says_how_to_leave():
+    engine = FakeEngine(("ok",))
+    _, _, notes = converse(engine, KeyboardInterrupt(), "Hi")
+    assert "/quit" in notes[1]
+    assert len(engine.prompts) == 1
+
+
+def test_chat_refused_message_is_dropped_and_the_chat_goes_on():
+    engine = FakeEngine((InvalidPrompt("too long"),), ("ok",))
+    chat, _, notes = converse(engine, "x" * 10, "Hi")
+    assert notes[1] == "error: too long (the message was dropped; /reset starts afresh)"
+    assert chat.messages == [turn("user", "Hi"), turn("assistant", "ok")]
+
+
+def test_chat_ends_when_the_engine_does():
+    with pytest.raises(EngineClosed):
+        converse(FakeEngine((EngineClosed("gone"),)), "Hi", "never read")
+
+
+def test_chat_command_answers_piped_lines(run):
+    engine = FakeEngine(("Hello.",), ("Bye.",))
+    result = run(engine, "chat", "m", "--system", "Be brief.", "--seed", "5", input="Hi\nThanks\nquit\n")
+    assert (result.exit_code, result.stdout) == (0, "Hello.\nBye.\n")
+    assert engine.params[0].seed == 5
+    assert [len(prompt) for prompt in engine.prompts] == [2, 4]
+
+
+# info
+
+
+def info_lines(*arguments: str) -> dict[str, str]:
+    result = CliRunner().invoke(app, ["info", *arguments])
+    assert result.exit_code == 0, result.stderr
+    pairs = [line.strip().split("  ", 1) for line in result.stdout.splitlines()]
+    return {name: value.strip() for name, value in pairs}
+
+
+def test_info_counts_parameters_and_memory(tiny_model):
+    lines = info_lines(str(tiny_model(dtype=torch.bfloat16)))
+    assert lines["architecture"] == (
+        "Llama, 3 layers, hidden size 48, 6 heads of 8 (2 for keys and values), MLP 80, vocabulary 263, RoPE default"
+    )
+    # embedding and head 2 * 263 * 48; a layer 2 * 48 * 48 + 2 * 16 * 48 + 3 * 80 * 48 + 2 * 48; the last norm 48
+    assert lines["parameters"] == "78,576"
+    assert lines["stored"] == "153.5 KiB (BF16 100.0 %)"
+    assert lines["weights"] == "153.5 KiB as bfloat16"
+    assert lines["KV cache"] == "96.0 KiB for 512 tokens"  # 2 * 3 layers * 2 heads * 8 * 2 bytes = 192 a token
+    assert lines["memory"].startswith("249.5 KiB on ")
+
+
+def test_info_counts_memory_for_the_context_asked_for(tiny_model):
+    assert info_lines(str(tiny_model()), "--context", "2")["KV cache"] == "768 bytes for 2 tokens"
+
+
+def test_info_context_beyond_the_model_is_refused(tiny_model):
+    result = CliRunner().invoke(app, ["info", str(tiny_model()), "--context", "513"])
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert result.stderr == "error: --context is 513; the model's limit is 512 tokens (lower --context)\n"
+
+
+@pytest.mark.parametrize(
+    ("num_bytes", "text"),
+    [
+        (0, "0 bytes"),
+        (1023, "1023 bytes"),
+        (1024, "1.0 KiB"),
+        (1536 * 1024, "1.5 MiB"),
+        (2**30, "1.0 GiB"),
+        (3 * 2**50, "3,072.0 TiB"),
+    ],
+)
+def test_bytes_are_shown_in_the_largest_unit_that_fits(num_bytes, text):
+    assert in_units(num_bytes) == text
+
+
+# From end to end
+
+
+def test_generate_prints_what_the_engine_streams(tiny_model):
+    directory, params = tiny_model(), SamplingParams(max_tokens=16, temperature=0.9, seed=7)
+    with Engine(directory) as engine:
+        expected = "".join(token.text for token in engine.stream("Once upon", params))
+    options = ["--max-tokens", "16", "--temperature", "0.9", "--seed", "7"]
+    result = CliRunner().invoke(app, ["generate", str(directory), "Once upon", *options])
+    assert (result.exit_code, result.stdout) == (0, expected + "\n")
+    assert "tokens, first after " in result.stderr
+
+
+@pytest.mark.parametrize("prompt", ["", "caf\udce9"])
+def test_generate_refuses_a_prompt_that_is_no_text(tiny_model, prompt):
+    result = CliRunner().invoke(app, ["generate", str(tiny_model()), prompt])
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert result.stderr.startswith("error: ")
+    assert result.stderr.count("\n") == 1
+
+
+@pytest.mark.slow
+def test_chat_remembers_with_a_real_model(default_model):
+    lines = "My name is Ada.\nWhat is my name?\nquit\n"
+    options = ["--temperature", "0", "--max-tokens", "32"]
+    result = CliRunner().invoke(app, ["chat", str(default_model), *options], input=lines)
+    assert result.exit_code == 0
+    assert "Ada" in result.stdout.splitlines()[-1]
+
+
+@pytest.mark.slow
+def test_info_of_the_default_model(default_model):
+    lines = info_lines(str(default_model))
+    assert lines["parameters"] == "134,515,008"
+    assert lines["stored"].startswith("92.1 MiB (Q4_1 ")
