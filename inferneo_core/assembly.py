@@ -14,10 +14,10 @@ import torch
 from inferneo_core.batch_builder import BatchBuilder
 from inferneo_core.block_manager import BlockManager
 from inferneo_core.config import EngineConfig, ModelConfig
-from inferneo_core.errors import ConfigError
-from inferneo_core.kv_cache import KVCache, num_blocks_for
+from inferneo_core.errors import ConfigError, shown
+from inferneo_core.kv_cache import KVCache, block_bytes, num_blocks_for
 from inferneo_core.loader import load_llama
-from inferneo_core.memory import default_cache_memory
+from inferneo_core.memory import default_cache_memory, free_memory
 from inferneo_core.ops import select_device, select_ops
 from inferneo_core.runner import ModelRunner
 from inferneo_core.scheduler import Scheduler
@@ -48,6 +48,8 @@ def assemble(model: str | Path, config: EngineConfig) -> EngineParts:
         ConfigError: max_model_len is beyond the model, or the cache is too small for it.
         BackendUnavailable: the device or the backend is missing.
     """
+    if not isinstance(model, (str, Path)):
+        raise ConfigError(f"model is {shown(model)}; it is the path or the name of a model, a str or a Path")
     device = select_device(config.device)
     with _phase("found the model's files"):
         files = resolve(model)
@@ -58,20 +60,14 @@ def assemble(model: str | Path, config: EngineConfig) -> EngineParts:
     dtype = choose_dtype(config.dtype, checkpoint.dtype, device)
     max_model_len = _max_model_len(config.max_model_len, model_config)
     ops = select_ops(config.ops, device, dtype, config.num_threads)
+    cache_dtype = dtype if config.kv_cache_dtype == "auto" else getattr(torch, config.kv_cache_dtype)
+    _num_cache_blocks(config, model_config, cache_dtype, max_model_len, device)  # refuse before the load, not after
     try:
         with _phase(f"loaded {checkpoint.num_bytes:,} bytes of weights for ops={ops.name} dtype={dtype}"):
             llama = load_llama(checkpoint, model_config, ops, max_model_len)
     finally:
         checkpoint.close()
-    cache_dtype = dtype if config.kv_cache_dtype == "auto" else getattr(torch, config.kv_cache_dtype)
-    num_blocks = num_blocks_for(
-        config.kv_cache_memory if config.kv_cache_memory is not None else default_cache_memory(device),
-        model_config,
-        block_size=config.block_size,
-        dtype=cache_dtype,
-        max_model_len=max_model_len,
-        max_num_seqs=config.max_num_seqs,
-    )
+    num_blocks = _num_cache_blocks(config, model_config, cache_dtype, max_model_len, device)
     with _phase(f"made a KV cache of {num_blocks} blocks of {config.block_size} tokens"):
         cache = KVCache(model_config, num_blocks, config.block_size, cache_dtype, device)
     logger.info("the KV cache takes up to %s bytes on %s", f"{cache.num_bytes:,}", device)
@@ -128,6 +124,28 @@ def choose_dtype(wanted: str, stored: torch.dtype | None, device: torch.device) 
     if stored is not None:
         return stored
     return torch.float32 if device.type == "cpu" else torch.bfloat16
+
+
+def _num_cache_blocks(
+    config: EngineConfig, model_config: ModelConfig, dtype: torch.dtype, max_model_len: int, device: torch.device
+) -> int:
+    free = free_memory(device)
+    memory = config.kv_cache_memory
+    num_blocks = num_blocks_for(
+        default_cache_memory(device) if memory is None else memory,
+        model_config,
+        block_size=config.block_size,
+        dtype=dtype,
+        max_model_len=max_model_len,
+        max_num_seqs=config.max_num_seqs,
+    )
+    needed = num_blocks * block_bytes(model_config, config.block_size, dtype)
+    if needed > free:
+        raise ConfigError(
+            f"the KV cache would take {needed:,} bytes; {free:,} are free on {device} (lower kv_cache_memory, "
+            f"max_model_len or max_num_seqs)"
+        )
+    return num_blocks
 
 
 def _max_model_len(wanted: int | None, config: ModelConfig) -> int:

@@ -145,7 +145,8 @@ class AsyncEngine:
 class AsyncTokenStream:
     """An async iterator over the TokenOutputs of one request; what AsyncEngine.stream returns.
 
-    For one consumer. Closing, leaving `async with`, or dropping it aborts the request.
+    For one consumer. Closing, leaving `async with`, dropping it, or cancelling a read aborts the request; to wait
+    with a timeout, shield the read.
 
     Raises (from iteration): as TokenStream.
     """
@@ -184,8 +185,9 @@ class AsyncTokenStream:
         self._work.set()
 
     async def aclose(self) -> None:
-        """Abort the request unless it has ended; idempotent."""
+        """Abort the request unless it has ended; idempotent. A reader that waits meanwhile sees the end."""
         self._stream.close()
+        self._work.set()
 
     def __aiter__(self) -> AsyncTokenStream:
         return self
@@ -194,7 +196,11 @@ class AsyncTokenStream:
         while not self._stream.is_settled:
             if self._stream.is_paused:
                 self.resume()
-            await self._readers.wait(self._stream)
+            try:
+                await self._readers.wait(self._stream)
+            except asyncio.CancelledError:  # now, not when the last traceback that holds this stream is dropped
+                await self.aclose()
+                raise
         try:
             return next(self._stream)  # settled: takes what is there and never steps
         except StopIteration:
@@ -210,30 +216,31 @@ class AsyncTokenStream:
 
 
 class _Readers:
-    """The consumers that wait for an output, each in its own event loop."""
+    """The consumers that wait for an output, each in its own event loop.
+
+    No lock: each access to the dict is one operation of its own. The garbage collector may end a reader, in any thread
+    and in the middle of any line, and a reader that had to wait for a lock there would wait for ever.
+    """
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
         self._waiting: dict[asyncio.Future[None], TokenStream] = {}
 
     async def wait(self, stream: TokenStream) -> None:
         """Return once the stream is settled."""
         future = asyncio.get_running_loop().create_future()
-        with self._lock:
-            self._waiting[future] = stream
+        self._waiting[future] = stream
         try:
             if not stream.is_settled:  # looked at after registering: a step in between would wake this future
                 await future
         finally:
-            with self._lock:
-                self._waiting.pop(future, None)
+            self._waiting.pop(future, None)
 
     def wake_settled(self) -> None:
         """Wake every reader whose stream is settled, with one call into each event loop."""
         by_loop = defaultdict(list)
-        with self._lock:
-            for future in [future for future, stream in self._waiting.items() if stream.is_settled]:
-                del self._waiting[future]
+        for future, stream in self._waiting.copy().items():
+            if stream.is_settled:
+                self._waiting.pop(future, None)
                 by_loop[future.get_loop()].append(future)
         for loop, futures in by_loop.items():
             try:

@@ -94,7 +94,7 @@ class SampleOutput:
     """The chosen tokens of a step.
 
     Attributes:
-        token_ids: [num_seqs] int64.
+        token_ids: [num_seqs] int64; -1 where no token can be drawn: a NaN among the logits, or every token forbidden.
         logprobs: [num_seqs] fp32 log-probabilities under the raw logits; None when the batch asked for none.
         ranks: [num_seqs] int64; 1 for the most likely token, ties by lowest id; None likewise.
         top_ids: [num_seqs, num_logprobs] int64, most likely first, ties by lowest id; None likewise.

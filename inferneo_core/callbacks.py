@@ -33,7 +33,8 @@ def stream_with_callback(
     Args:
         engine: the Engine.
         prompt: what Engine.stream takes: text, token ids or chat messages.
-        callback: its on_token and on_complete are called; if one raises, the request is aborted and the exception propagates.
+        callback: its on_token and on_complete are called; if one raises, the request is aborted and the exception
+            propagates.
         params: SamplingParams; None takes its defaults.
     Returns:
         The Completion; its finish_reason is "abort" after a False.
@@ -88,8 +89,8 @@ class StreamMetrics:
         """What was measured so far; None before the clock has started.
 
         Returns:
-            total_tokens, total_time (seconds), tokens_per_second, average_token_interval (seconds); then ttft_ms, and the
-            percentiles of the intervals in milliseconds: interval_p50_ms, interval_p90_ms, interval_p99_ms.
+            total_tokens, total_time (seconds), tokens_per_second, average_token_interval (seconds); then ttft_ms, and
+            the percentiles of the intervals in milliseconds: interval_p50_ms, interval_p90_ms, interval_p99_ms.
         """
         if self.start_time is None:
             return None
@@ -136,5 +137,7 @@ class ProgressBar:
     def __enter__(self) -> ProgressBar:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._bar.close()

@@ -9,14 +9,12 @@ from typing import Any
 from jinja2.exceptions import SecurityError, TemplateError
 
 # One rendering may visit so many nodes and items, about a second of CPython, and handle so many characters ...
-MAX_STEPS = 2_000_000
+MAX_STEPS = 1_000_000
 MAX_CHARS = 1 << 25
 # ... beside what the messages themselves call for.
 STEPS_PER_MESSAGE = 1000
 CHARS_PER_INPUT_CHAR = 64
 MAX_INT_BITS = 4096
-
-_VIEWS: tuple[type, ...] = (KeysView, ValuesView, ItemsView)
 
 
 class BudgetExceeded(TemplateError):
@@ -53,7 +51,7 @@ class Meter:
                 self.spend(1 + 2 * len(item))
                 pending.extend(item.keys())
                 pending.extend(item.values())
-            elif isinstance(item, (list, tuple, *_VIEWS)):
+            elif isinstance(item, (list, tuple, KeysView, ValuesView, ItemsView)):
                 self.spend(1 + len(item))
                 pending.extend(item)
             elif isinstance(item, range):
@@ -112,3 +110,36 @@ def check_bits(operator: str, left: int, right: int) -> None:
     bits = {"*": left.bit_length() + right.bit_length(), "**": left.bit_length() * max(right, 1)}
     if bits.get(operator, max(left.bit_length(), right.bit_length())) > MAX_INT_BITS:
         raise BudgetExceeded(f"{operator} makes an integer of more than {MAX_INT_BITS} bits")
+
+
+def charge_filter(meter: Meter, name: str, value: Any, given: Sequence[Any]) -> None:
+    """Pays for `value | name(*given)`."""
+    if name == "replace":
+        meter.replace(str(value), given)
+    elif name == "join":
+        meter.join(str(given[0]) if given else "", value)
+    elif name == "indent":
+        meter.indent(str(value), given)
+    elif name == "format":
+        meter.weigh_format(str(value), given)
+    elif name == "round":
+        check_bits("**", 10, max((arg for arg in given if isinstance(arg, int)), default=0))
+    else:
+        meter.weigh(value)
+        meter.weigh_arguments(given)
+
+
+def charge_method(meter: Meter, target: Any, name: str, given: Sequence[Any]) -> None:
+    """Pays for `target.name(*given)`."""
+    if isinstance(target, str):
+        if name == "replace":
+            meter.replace(target, given)
+        elif name == "join" and given:
+            meter.join(target, given[0])
+        else:
+            meter.weigh(target)
+            meter.weigh_arguments(given)
+    else:
+        meter.weigh(*given)
+        if isinstance(target, (list, tuple)):  # count and index compare every element
+            meter.weigh(target)

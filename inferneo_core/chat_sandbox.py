@@ -13,7 +13,7 @@ What cannot be priced is not offered.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from datetime import datetime
 from typing import Any, NoReturn
 
@@ -26,7 +26,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 from jinja2.visitor import NodeTransformer
 
-from inferneo_core.chat_meter import Meter, check_bits
+from inferneo_core.chat_meter import Meter, charge_filter, charge_method, check_bits
 
 CALL_STEPS = 4  # a call costs what four other nodes do
 METER = "<meter>"  # the context's name for the Meter: one that no template can spell
@@ -144,7 +144,7 @@ class ChatEnvironment(ImmutableSandboxedEnvironment):
         elif any(function is known for known in self._functions):
             meter.weigh_arguments(given)
         elif any(isinstance(target, kind) and name in methods for kind, methods in _METHODS):
-            _charge_method(meter, target, name, given)
+            charge_method(meter, target, name, given)
         elif not isinstance(function, (Macro, LoopContext, BlockReference, Undefined)):
             raise SecurityError(f"a template may not call {name or type(function).__name__!r}")
         return super().call(context, function, *args, **kwargs)
@@ -283,7 +283,7 @@ def _metered_filter(plain: ImmutableSandboxedEnvironment, name: str) -> Callable
         meter: Meter = context[METER]
         meter.spend(CALL_STEPS)
         if name not in _CHEAP_FILTERS:
-            _charge_filter(meter, name, value, [*args, *kwargs.values()])
+            charge_filter(meter, name, value, [*args, *kwargs.values()])
         result = plain.call_filter(name, value, args, kwargs, context, context.eval_ctx)
         return list(result) if isinstance(result, Iterator) else result
 
@@ -297,34 +297,3 @@ def _metered_test(plain: ImmutableSandboxedEnvironment, name: str) -> Callable[.
         return bool(plain.call_test(name, value, args, {}, context, context.eval_ctx))
 
     return metered
-
-
-def _charge_filter(meter: Meter, name: str, value: Any, given: Sequence[Any]) -> None:
-    if name == "replace":
-        meter.replace(str(value), given)
-    elif name == "join":
-        meter.join(str(given[0]) if given else "", value)
-    elif name == "indent":
-        meter.indent(str(value), given)
-    elif name == "format":
-        meter.weigh_format(str(value), given)
-    elif name == "round":
-        check_bits("**", 10, max((arg for arg in given if isinstance(arg, int)), default=0))
-    else:
-        meter.weigh(value)
-        meter.weigh_arguments(given)
-
-
-def _charge_method(meter: Meter, target: Any, name: str, given: Sequence[Any]) -> None:
-    if isinstance(target, str):
-        if name == "replace":
-            meter.replace(target, given)
-        elif name == "join" and given:
-            meter.join(target, given[0])
-        else:
-            meter.weigh(target)
-            meter.weigh_arguments(given)
-    else:
-        meter.weigh(*given)
-        if isinstance(target, (list, tuple)):  # count and index compare every element
-            meter.weigh(target)

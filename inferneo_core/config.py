@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
-from inferneo_core.errors import ConfigError, UnsupportedModel
+from inferneo_core.errors import ConfigError, UnsupportedModel, shown
 
 RopeKind = Literal["default", "linear", "dynamic", "llama3", "yarn"]
 ROPE_KINDS: tuple[RopeKind, ...] = ("default", "linear", "dynamic", "llama3", "yarn")
-DEVICES = ("auto", "cpu", "cuda")
 OPS_NAMES = ("auto", "torch", "cpu", "triton")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 MAX_BLOCK_SIZE = 1024
+MAX_NUM_SEQS = 4096  # each has a row of parameters, and of penalty counts as wide as the vocabulary
+MAX_INT = 2**31 - 1
+_DEVICE = re.compile(r"auto|cpu|cuda(:\d{1,3})?", re.ASCII)
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,8 +30,12 @@ class RopeConfig:
         original_max_position_embeddings: context length before scaling ("llama3", "yarn").
         low_freq_factor, high_freq_factor: the band that "llama3" blends.
         beta_fast, beta_slow: rotations that bound the ramp of "yarn".
-        attention_factor: "yarn" multiplies cosines and sines by it; None derives it from factor, mscale and mscale_all_dim.
+        attention_factor: "yarn" multiplies cosines and sines by it; None derives it from
+            factor, mscale and mscale_all_dim.
         truncate: "yarn" rounds the ramp's bounds outwards.
+
+    Raises:
+        UnsupportedModel: a value is of the wrong type, or the kind has no meaning with it.
     """
 
     kind: RopeKind = "default"
@@ -44,6 +51,23 @@ class RopeConfig:
     mscale_all_dim: float = 0.0
     truncate: bool = True
 
+    def __post_init__(self) -> None:
+        _check_number("RoPE theta", self.theta, 1.0, 1e12, open_below=True)
+        _check_number("RoPE factor", self.factor, 1.0, MAX_INT)
+        _check_number("RoPE mscale", self.mscale, 0.0, 1e3)
+        _check_number("RoPE mscale_all_dim", self.mscale_all_dim, 0.0, 1e3)
+        if self.attention_factor is not None:
+            _check_number("RoPE attention_factor", self.attention_factor, 0.0, 1e3, open_below=True)
+        _check_flag("RoPE truncate", self.truncate)
+        if self.kind in ("llama3", "yarn"):
+            _check_int("RoPE original_max_position_embeddings", self.original_max_position_embeddings)
+        if self.kind == "llama3":
+            _check_number("RoPE low_freq_factor", self.low_freq_factor, 0.0, 1e6, open_below=True)
+            _check_number("RoPE high_freq_factor", self.high_freq_factor, self.low_freq_factor, 1e6, open_below=True)
+        if self.kind == "yarn":
+            _check_number("RoPE beta_slow", self.beta_slow, 0.0, 1e6, open_below=True)
+            _check_number("RoPE beta_fast", self.beta_fast, self.beta_slow, 1e6)
+
 
 @dataclass(frozen=True, slots=True)
 class ModelConfig:
@@ -56,6 +80,9 @@ class ModelConfig:
         rope: RopeConfig.
         tie_word_embeddings: the output head is the embedding table.
         attention_bias, mlp_bias: whether those projections have biases.
+
+    Raises:
+        UnsupportedModel: a value is of the wrong type or out of its range.
     """
 
     vocab_size: int
@@ -74,13 +101,18 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         for field in fields(self):
-            value = getattr(self, field.name)
-            if field.type == "int" and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-                raise UnsupportedModel(f"the model's {field.name} is {value!r}; it is a positive integer")
+            if field.type == "int":
+                _check_int(field.name, getattr(self, field.name))
+            elif field.type == "bool":
+                _check_flag(field.name, getattr(self, field.name))
+        _check_number("norm_eps", self.norm_eps, 0.0, 1.0, open_below=True)
         if self.num_heads % self.num_kv_heads:
             raise UnsupportedModel(f"num_heads {self.num_heads} is no multiple of num_kv_heads {self.num_kv_heads}")
         if self.head_dim % 2:
             raise UnsupportedModel(f"head_dim is {self.head_dim}; RoPE needs an even one")
+        if self.head_dim < 4 and self.rope.kind == "dynamic":  # its exponent is head_dim / (head_dim - 2)
+            raise UnsupportedModel(f"head_dim is {self.head_dim}; dynamic RoPE needs at least 4")
+        _check_int("max_position_embeddings times the RoPE factor", self.max_context_len)
 
     @property
     def q_size(self) -> int:
@@ -106,33 +138,35 @@ class ModelConfig:
         """Read a parsed config.json.
 
         Raises:
-            UnsupportedModel: not a Llama, an activation or RoPE kind that Llama does not use, or a size is absent.
+            UnsupportedModel: not a Llama, an activation or RoPE kind that Llama does not use, or a size is absent or
+                impossible.
         """
-        architectures = config.get("architectures") or []
+        architectures = _or(config.get("architectures"), [])
         if config.get("model_type") != "llama" or architectures not in ([], ["LlamaForCausalLM"]):
-            found = architectures[0] if architectures else config.get("model_type")
-            raise UnsupportedModel(f"architecture is {found}; Inferneo runs LlamaForCausalLM")
+            found = architectures or config.get("model_type")
+            raise UnsupportedModel(f"architecture is {shown(found)}; Inferneo runs LlamaForCausalLM")
         if config.get("hidden_act", "silu") != "silu":
-            raise UnsupportedModel(f"hidden_act is {config['hidden_act']}; Inferneo runs silu")
-        if config.get("quantization_config"):
-            method = config["quantization_config"].get("quant_method", "unknown")
-            raise UnsupportedModel(f"weights are quantised by {method}; use a dense checkpoint or a GGUF file")
-        num_heads = _require(config, "num_attention_heads", "config.json")
-        hidden_size = _require(config, "hidden_size", "config.json")
+            raise UnsupportedModel(f"hidden_act is {shown(config['hidden_act'])}; Inferneo runs silu")
+        quantization = config.get("quantization_config")
+        if quantization:
+            method = quantization.get("quant_method") if isinstance(quantization, Mapping) else quantization
+            raise UnsupportedModel(f"weights are quantised by {shown(method)}; use a dense checkpoint or a GGUF file")
+        num_heads = _size(config, "num_attention_heads", "config.json")
+        hidden_size = _size(config, "hidden_size", "config.json")
         return ModelConfig(
-            vocab_size=_require(config, "vocab_size", "config.json"),
+            vocab_size=_size(config, "vocab_size", "config.json"),
             hidden_size=hidden_size,
-            intermediate_size=_require(config, "intermediate_size", "config.json"),
-            num_layers=_require(config, "num_hidden_layers", "config.json"),
+            intermediate_size=_size(config, "intermediate_size", "config.json"),
+            num_layers=_size(config, "num_hidden_layers", "config.json"),
             num_heads=num_heads,
-            num_kv_heads=config.get("num_key_value_heads") or num_heads,
-            head_dim=config.get("head_dim") or hidden_size // max(num_heads, 1),
-            norm_eps=float(config.get("rms_norm_eps", 1e-6)),
-            max_position_embeddings=config.get("max_position_embeddings", 2048),
+            num_kv_heads=_or(config.get("num_key_value_heads"), num_heads),
+            head_dim=_or(config.get("head_dim"), hidden_size // num_heads),
+            norm_eps=_or(config.get("rms_norm_eps"), 1e-6),
+            max_position_embeddings=_hf_context_length(config),
             rope=_rope_from_hf(config),
-            tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
-            attention_bias=bool(config.get("attention_bias", False)),
-            mlp_bias=bool(config.get("mlp_bias", False)),
+            tie_word_embeddings=_or(config.get("tie_word_embeddings"), False),
+            attention_bias=_or(config.get("attention_bias"), False),
+            mlp_bias=_or(config.get("mlp_bias"), False),
         )
 
     @staticmethod
@@ -140,34 +174,34 @@ class ModelConfig:
         """Read a GGUF file's metadata; `tensor_names` (canonical) tell whether the head and biases exist.
 
         Raises:
-            UnsupportedModel: not the llama architecture, an unknown RoPE scaling, or a size is absent.
+            UnsupportedModel: not the llama architecture, an unknown RoPE scaling, or a size is absent or impossible.
         """
         architecture = metadata.get("general.architecture")
         if architecture != "llama":
-            raise UnsupportedModel(f"architecture is {architecture}; Inferneo runs llama")
-        if metadata.get("llama.expert_count"):
-            raise UnsupportedModel(f"the model has {metadata['llama.expert_count']} experts; Inferneo runs dense Llamas")
+            raise UnsupportedModel(f"architecture is {shown(architecture)}; Inferneo runs llama")
+        experts = metadata.get("llama.expert_count")
+        if experts:
+            raise UnsupportedModel(f"the model has {shown(experts)} experts; Inferneo runs dense Llamas")
 
-        def need(key: str) -> Any:
-            return _require(metadata, f"llama.{key}", "the GGUF metadata")
+        def size(key: str) -> int:
+            return _size(metadata, f"llama.{key}", "the GGUF metadata")
 
-        num_heads, hidden_size = need("attention.head_count"), need("embedding_length")
-        head_dim = metadata.get("llama.attention.key_length") or hidden_size // max(num_heads, 1)
-        if metadata.get("llama.rope.dimension_count", head_dim) != head_dim:
-            raise UnsupportedModel(
-                f"rope.dimension_count is {metadata['llama.rope.dimension_count']}; it must be head_dim ({head_dim})"
-            )
-        vocab_size = metadata.get("llama.vocab_size") or len(metadata.get("tokenizer.ggml.tokens", ()))
+        num_heads, hidden_size = size("attention.head_count"), size("embedding_length")
+        head_dim = _or(metadata.get("llama.attention.key_length"), hidden_size // num_heads)
+        rotated = _or(metadata.get("llama.rope.dimension_count"), head_dim)
+        if rotated != head_dim:
+            raise UnsupportedModel(f"rope.dimension_count is {shown(rotated)}; it must be head_dim ({shown(head_dim)})")
+        tokens = metadata.get("tokenizer.ggml.tokens")
         return ModelConfig(
-            vocab_size=vocab_size,
+            vocab_size=_or(metadata.get("llama.vocab_size"), len(tokens) if isinstance(tokens, list) else None),
             hidden_size=hidden_size,
-            intermediate_size=need("feed_forward_length"),
-            num_layers=need("block_count"),
+            intermediate_size=size("feed_forward_length"),
+            num_layers=size("block_count"),
             num_heads=num_heads,
-            num_kv_heads=metadata.get("llama.attention.head_count_kv") or num_heads,
+            num_kv_heads=_or(metadata.get("llama.attention.head_count_kv"), num_heads),
             head_dim=head_dim,
-            norm_eps=float(need("attention.layer_norm_rms_epsilon")),
-            max_position_embeddings=need("context_length"),
+            norm_eps=_require(metadata, "llama.attention.layer_norm_rms_epsilon", "the GGUF metadata"),
+            max_position_embeddings=size("context_length"),
             rope=_rope_from_gguf(metadata),
             tie_word_embeddings="lm_head.weight" not in tensor_names,
             attention_bias="model.layers.0.self_attn.q_proj.bias" in tensor_names,
@@ -181,38 +215,75 @@ def _require(source: Mapping[str, Any], key: str, where: str) -> Any:
     return source[key]
 
 
+def _size(source: Mapping[str, Any], key: str, where: str) -> int:
+    size = _require(source, key, where)
+    _check_int(key, size)
+    return int(size)
+
+
+def _or(value: Any, default: Any) -> Any:
+    """The default for what is absent or null; a zero is a value, and refused later."""
+    return default if value is None else value
+
+
+def _check_int(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= MAX_INT:
+        raise UnsupportedModel(f"the model's {name} is {shown(value)}; it is an integer in [1, {MAX_INT}]")
+
+
+def _check_number(name: str, value: object, low: float, high: float, *, open_below: bool = False) -> None:
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not (is_number and low <= value <= high) or (open_below and value == low):  # type: ignore[operator]
+        bracket = "(" if open_below else "["
+        raise UnsupportedModel(f"the model's {name} is {shown(value)}; it is a number in {bracket}{low:g}, {high:g}]")
+
+
+def _check_flag(name: str, value: object) -> None:
+    if not isinstance(value, bool):
+        raise UnsupportedModel(f"the model's {name} is {shown(value)}; it is true or false")
+
+
+def _hf_context_length(config: Mapping[str, Any]) -> int:
+    length = _or(config.get("max_position_embeddings"), 2048)
+    _check_int("max_position_embeddings", length)
+    return int(length)
+
+
 def _rope_from_hf(config: Mapping[str, Any]) -> RopeConfig:
     # transformers 5 writes rope_parameters; before it, rope_theta beside an optional rope_scaling.
-    scaling = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
+    scaling = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    if not isinstance(scaling, Mapping):
+        raise UnsupportedModel(f"rope_scaling is {shown(scaling)}; it is an object")
     kind = scaling.get("rope_type") or scaling.get("type") or "default"
     if kind not in ROPE_KINDS:
-        raise UnsupportedModel(f"RoPE kind is {kind}; Inferneo runs {', '.join(ROPE_KINDS)}")
+        raise UnsupportedModel(f"RoPE kind is {shown(kind)}; Inferneo runs {', '.join(ROPE_KINDS)}")
     if scaling.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0)) != 1.0:
         raise UnsupportedModel("partial_rotary_factor is not 1; a Llama rotates whole heads")
-    theta = scaling.get("rope_theta") or config.get("rope_theta") or 10000.0
-    original = scaling.get("original_max_position_embeddings") or config.get("max_position_embeddings", 2048)
+    context_length = _hf_context_length(config)
+    original = _or(scaling.get("original_max_position_embeddings"), context_length)
+    _check_int("RoPE original_max_position_embeddings", original)
     factor = scaling.get("factor")
     if factor is None:  # yarn checkpoints may leave it to the ratio of the context lengths
-        factor = config.get("max_position_embeddings", 2048) / original if kind == "yarn" else 1.0
+        factor = context_length / original if kind == "yarn" else 1.0
     names = ("low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow", "attention_factor", "mscale")
     given = {name: scaling[name] for name in (*names, "mscale_all_dim", "truncate") if scaling.get(name) is not None}
-    rope = RopeConfig(kind, float(theta), float(factor), int(original), **given)
-    if rope.factor < 1.0:
-        raise UnsupportedModel(f"RoPE factor is {rope.factor}; it is at least 1")
-    return rope
+    theta = _or(scaling.get("rope_theta"), _or(config.get("rope_theta"), 10000.0))
+    return RopeConfig(kind, theta, factor, original, **given)
 
 
 def _rope_from_gguf(metadata: Mapping[str, Any]) -> RopeConfig:
-    kind = metadata.get("llama.rope.scaling.type", "none")
-    kinds: dict[str, RopeKind] = {"none": "default", "linear": "linear", "yarn": "yarn"}
-    if kind not in kinds:
-        raise UnsupportedModel(f"RoPE scaling is {kind}; Inferneo runs {', '.join(kinds)} from GGUF")
-    context_length = metadata.get("llama.context_length", 2048)
+    name = metadata.get("llama.rope.scaling.type", "none")
+    kinds: dict[object, RopeKind] = {"none": "default", "linear": "linear", "yarn": "yarn"}
+    kind = kinds.get(name) if isinstance(name, str) else None
+    if kind is None:
+        raise UnsupportedModel(f"RoPE scaling is {shown(name)}; Inferneo runs {', '.join(map(str, kinds))} from GGUF")
     return RopeConfig(
-        kind=kinds[kind],
-        theta=float(metadata.get("llama.rope.freq_base", 10000.0)),
-        factor=float(metadata.get("llama.rope.scaling.factor", 1.0)),
-        original_max_position_embeddings=metadata.get("llama.rope.scaling.original_context_length", context_length),
+        kind=kind,
+        theta=metadata.get("llama.rope.freq_base", 10000.0),
+        factor=metadata.get("llama.rope.scaling.factor", 1.0),
+        original_max_position_embeddings=metadata.get(
+            "llama.rope.scaling.original_context_length", metadata.get("llama.context_length", 2048)
+        ),
         attention_factor=metadata.get("llama.rope.scaling.attn_factor"),
     )
 
@@ -253,30 +324,31 @@ class EngineConfig:
     num_threads: int | None = None
 
     def __post_init__(self) -> None:
-        device = self.device.partition(":")[0] if isinstance(self.device, str) else self.device
-        _one_of("device", device, DEVICES)
+        if not isinstance(self.device, str) or _DEVICE.fullmatch(self.device) is None:
+            raise ConfigError(f"device is {shown(self.device)}; it is one of auto, cpu, cuda, cuda:N")
         _one_of("ops", self.ops, OPS_NAMES)
         _one_of("dtype", self.dtype, DTYPES)
         _one_of("kv_cache_dtype", self.kv_cache_dtype, DTYPES)
-        _at_least_one("kv_cache_memory", self.kv_cache_memory, optional=True)
-        _at_least_one("block_size", self.block_size)
-        if self.block_size > MAX_BLOCK_SIZE:
-            raise ConfigError(f"block_size is {self.block_size}; it is at most {MAX_BLOCK_SIZE}")
-        _at_least_one("max_model_len", self.max_model_len, optional=True)
-        _at_least_one("max_num_seqs", self.max_num_seqs)
-        _at_least_one("max_num_batched_tokens", self.max_num_batched_tokens)
-        _at_least_one("num_threads", self.num_threads, optional=True)
-        if self.batch_invariant not in (None, True, False):
-            raise ConfigError(f"batch_invariant is {self.batch_invariant!r}; it is True, False or None")
+        _in_range("kv_cache_memory", self.kv_cache_memory, 1, 2**63 - 1, optional=True)
+        _in_range("block_size", self.block_size, 1, MAX_BLOCK_SIZE)
+        _in_range("max_model_len", self.max_model_len, 2, MAX_INT, optional=True)  # a prompt token and one to generate
+        _in_range("max_num_seqs", self.max_num_seqs, 1, MAX_NUM_SEQS)
+        _in_range("max_num_batched_tokens", self.max_num_batched_tokens, 1, MAX_INT)
+        _in_range("num_threads", self.num_threads, 1, MAX_INT, optional=True)
+        if not isinstance(self.enable_prefix_caching, bool):
+            raise ConfigError(f"enable_prefix_caching is {shown(self.enable_prefix_caching)}; it is True or False")
+        if self.batch_invariant is not None and not isinstance(self.batch_invariant, bool):
+            raise ConfigError(f"batch_invariant is {shown(self.batch_invariant)}; it is True, False or None")
 
 
 def _one_of(name: str, value: object, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ConfigError(f"{name} is {value!r}; it is one of {', '.join(choices)}")
+    if not isinstance(value, str) or value not in choices:
+        raise ConfigError(f"{name} is {shown(value)}; it is one of {', '.join(choices)}")
 
 
-def _at_least_one(name: str, value: object, *, optional: bool = False) -> None:
+def _in_range(name: str, value: object, low: int, high: int, *, optional: bool = False) -> None:
     if value is None and optional:
         return
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ConfigError(f"{name} is {value!r}; it is a positive integer" + (" or None" if optional else ""))
+    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+        remedy = " (None is the default)" if optional else ""
+        raise ConfigError(f"{name} is {shown(value)}; it is an integer in [{low}, {high}]{remedy}")

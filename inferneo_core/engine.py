@@ -168,7 +168,8 @@ class Engine:
     def stats(self) -> EngineStats:
         """A snapshot of the engine's gauges and counters."""
         with self._driver.between_steps():
-            seconds = sum(duration for duration, _ in self._speed)
+            speed = list(self._speed)  # a copy: a step may append to it meanwhile
+            seconds = sum(duration for duration, _ in speed)
             return EngineStats(
                 running=self._scheduler.num_running,
                 waiting=self._scheduler.num_waiting + self._scheduler.num_paused,
@@ -182,7 +183,7 @@ class Engine:
                 prefix_hit_tokens=self._scheduler.prefix_hit_tokens,
                 preemptions=self._scheduler.num_preemptions,
                 aborts=self._num_aborts,
-                tokens_per_s=sum(tokens for _, tokens in self._speed) / seconds if seconds else 0.0,
+                tokens_per_s=sum(tokens for _, tokens in speed) / seconds if seconds else 0.0,
             )
 
     def close(self) -> None:
@@ -195,7 +196,9 @@ class Engine:
     def __enter__(self) -> Engine:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()
 
     # What a TokenStream calls.
@@ -203,7 +206,8 @@ class Engine:
     def advance(self, request: Request) -> None:
         """Return once the request is settled: wait while another thread steps, otherwise step."""
         progressed = self._driver.advance(lambda: request.is_settled)
-        assert progressed or request.is_settled, f"no step can serve {request.sequence}"
+        is_alive = request.sequence.seq_id in self._requests  # asked before is_settled: it settles, then it dies
+        assert progressed or is_alive or request.is_settled, f"nobody serves {request.sequence}"
 
     def abort(self, request: Request) -> None:
         """End the request before the next step."""
@@ -221,18 +225,27 @@ class Engine:
         self._driver.drain()
         batch = self._scheduler.schedule()
         if not batch:
+            assert len(self._requests) == self._scheduler.num_paused, "there are requests that no step can serve"
             return False
         started = time.perf_counter()
         for share in batch.sequences:
             self._requests[share.sequence.seq_id].start_prefill()
+        repeatable = True
         try:
             pending = self._runner.launch(batch)
             sampled = pending.wait()
+            token_ids = [] if sampled is None else sampled.token_ids.tolist()
+            repeatable = False
+            self._fail_undrawn(batch, token_ids)
+            self._scheduler.update(batch, token_ids)
+            num_sampled = self._deliver(batch, pending.prompt_scores, sampled)
         except Exception as error:
             self._fail(batch, error)
             return True
-        self._scheduler.update(batch, [] if sampled is None else sampled.token_ids.tolist())
-        num_sampled = self._deliver(batch, pending.prompt_scores, sampled)
+        except BaseException as error:  # a KeyboardInterrupt: the next step repeats this one, if it may
+            if not repeatable:  # else a stream would go on without the token it was not handed
+                self._fail(batch, error)
+            raise
         self._num_steps += 1
         self._speed.append((time.perf_counter() - started, num_sampled))
         return True
@@ -240,18 +253,33 @@ class Engine:
     def _deliver(self, batch: ScheduledBatch, prompt_scores: list[PromptScores], sampled: SampleOutput | None) -> int:
         """Hand each stream its token; returns how many there were."""
         for scores in prompt_scores:
-            self._requests[scores.sequence.seq_id].accept_prompt_logprobs(scores.start, scores.logprobs)
+            request = self._requests.get(scores.sequence.seq_id)
+            if request is not None:
+                request.accept_prompt_logprobs(scores.start, scores.logprobs)
         if sampled is None:
             return 0
         sequences = [share.sequence for share in batch.sequences if share.samples]
         logprobs = [None] * len(sequences) if sampled.logprobs is None else logprobs_of(sampled)
         for sequence, logprob in zip(sequences, logprobs, strict=True):
-            request = self._requests[sequence.seq_id]
+            request = self._requests.get(sequence.seq_id)
+            if request is None:  # no token could be drawn for it
+                continue
             request.accept(sequence.token_ids[-1], logprob)
             if request.finish_reason is not None:
                 self._retire(request)
         self._num_generated_tokens += len(sequences)
         return len(sequences)
+
+    def _fail_undrawn(self, batch: ScheduledBatch, token_ids: list[int]) -> None:
+        """End the requests for which the sampler found no token to draw; it marks them with -1."""
+        if -1 not in token_ids:
+            return
+        sampling = (share.sequence for share in batch.sequences if share.samples)
+        for sequence, token_id in zip(sampling, token_ids, strict=True):
+            if token_id == -1:
+                where = f"at position {sequence.num_tokens}"
+                error = StepFailed(f"no token can be drawn {where}: the logits hold a NaN, or every token is forbidden")
+                self._end(self._requests[sequence.seq_id], error)
 
     def _admit(self, request: Request) -> None:
         self._requests[request.sequence.seq_id] = request
@@ -272,13 +300,15 @@ class Engine:
         del self._requests[request.sequence.seq_id]
         request.log()
 
-    def _fail(self, batch: ScheduledBatch, cause: Exception) -> None:
+    def _fail(self, batch: ScheduledBatch, cause: BaseException) -> None:
         """Raise a step's exception in every stream of its batch; the others go on, unless the device is lost."""
         logger.error("a step of %d sequences failed: %r", len(batch.sequences), cause)
         for share in batch.sequences:
-            error = StepFailed(f"the engine's step failed: {type(cause).__name__}: {cause}")
-            error.__cause__ = cause
-            self._end(self._requests[share.sequence.seq_id], error)
+            request = self._requests.get(share.sequence.seq_id)
+            if request is not None:  # else it had its last token before the step failed
+                error = StepFailed(f"the engine's step failed: {type(cause).__name__}: {cause}")
+                error.__cause__ = cause
+                self._end(request, error)
         if isinstance(cause, torch.AcceleratorError):
             self._driver.close()  # takes effect as this step ends: nothing on a lost device can be trusted
 

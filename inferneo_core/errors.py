@@ -86,3 +86,12 @@ class StepFailed(InferneoError, RuntimeError):
 
 class EngineClosed(InferneoError, RuntimeError):
     """The engine was closed."""
+
+
+def shown(value: object) -> str:
+    """The repr of a value for a message, cut short: what is refused may be a megabyte long, or refuse to be shown."""
+    try:
+        text = repr(value)
+    except Exception:  # an integer of more than 4300 digits, or a class whose __repr__ raises
+        return f"a {type(value).__name__}"
+    return text if len(text) <= 60 else text[:57] + "..."

@@ -51,8 +51,8 @@ def num_blocks_for(
     blocks_per_seq = -(-max_model_len // block_size)
     if num_blocks < blocks_per_seq:
         raise CacheTooSmall(
-            f"the KV cache has {memory:,} bytes = {num_blocks} blocks of {block_size} tokens ({bytes_each:,} bytes each), "
-            f"and one sequence of max_model_len {max_model_len} needs {blocks_per_seq} blocks = "
+            f"the KV cache has {memory:,} bytes = {num_blocks} blocks of {block_size} tokens ({bytes_each:,} bytes "
+            f"each), and one sequence of max_model_len {max_model_len} needs {blocks_per_seq} blocks = "
             f"{blocks_per_seq * bytes_each:,} bytes (raise Engine(kv_cache_memory=...), or lower max_model_len to "
             f"{num_blocks * block_size} at most)"
         )

@@ -12,10 +12,15 @@ CUDA_CACHE_SHARE = 0.9  # of the free device memory, likewise
 
 def default_cache_memory(device: torch.device) -> int:
     """Bytes that the KV cache gets when nobody says: a share of what is free on the device now."""
+    return int(free_memory(device) * (CUDA_CACHE_SHARE if device.type == "cuda" else CPU_CACHE_SHARE))
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes of the device's memory that are free now."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
-        return int(free * CUDA_CACHE_SHARE)
-    return int(available_memory() * CPU_CACHE_SHARE)
+        return int(free)
+    return available_memory()
 
 
 def available_memory() -> int:

@@ -48,7 +48,7 @@ class Llama:
         """Run the step's tokens through every layer, storing their keys and values.
 
         Returns:
-            [num_tokens, hidden_size], before the final norm: `next_tokens` and `lm_head` apply it to the rows they need.
+            [num_tokens, hidden_size], before the final norm; `next_tokens` and `lm_head` apply it where it is needed.
         """
         x = ops.embed(inputs.token_ids, self.embed)
         for layer, cache_layer in zip(self.layers, cache.layers, strict=True):

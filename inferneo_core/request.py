@@ -48,9 +48,9 @@ class Request:
     def accept(self, token_id: int, logprob: Logprob | None) -> None:
         """Turn the sequence's newest token, already appended, into an output."""
         now = time.perf_counter()
+        self._last_token = now
         if self._first_token is None:
             self._first_token = now
-        self._last_token = now
         text = self.decoder.push(token_id)
         reason = self.sequence.finish_reason
         if self.decoder.stopped:
@@ -89,7 +89,8 @@ class Request:
         """One line for the finished request; never its text."""
         timings = None if self._first_token is None else self._timings()
         logger.info(
-            "request %d: prompt_tokens=%d cached_tokens=%d completion_tokens=%d ttft_ms=%s tokens_per_s=%s finish_reason=%s",
+            "request %d: prompt_tokens=%d cached_tokens=%d completion_tokens=%d ttft_ms=%s tokens_per_s=%s "
+            "finish_reason=%s",
             self.sequence.seq_id,
             self.sequence.num_prompt_tokens,
             self.sequence.num_cached_tokens,

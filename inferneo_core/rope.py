@@ -65,7 +65,11 @@ def _yarn(freqs: Tensor, rope: RopeConfig, dim: int) -> Tensor:
     """Dimensions that turn often are kept, those that turn seldom interpolated. Source: YaRN, arXiv 2309.00071."""
 
     def dim_of(rotations: float) -> float:
-        return dim * math.log(rope.original_max_position_embeddings / (rotations * 2.0 * math.pi)) / (2.0 * math.log(rope.theta))
+        return (
+            dim
+            * math.log(rope.original_max_position_embeddings / (rotations * 2.0 * math.pi))
+            / (2.0 * math.log(rope.theta))
+        )
 
     low, high = dim_of(rope.beta_fast), dim_of(rope.beta_slow)
     if rope.truncate:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from inferneo_core.errors import InvalidParameter
+from inferneo_core.errors import InvalidParameter, shown
 
 MAX_STOP_STRINGS = 32
 MAX_STOP_STRING_CHARS = 1024
@@ -82,7 +81,7 @@ class SamplingParams:
         if self.seed is not None:
             _integer("seed", self.seed, -(2**63), 2**64 - 1, "leave it None for a fresh one")
         if not isinstance(self.ignore_eos, bool):
-            raise InvalidParameter(f"ignore_eos is {self.ignore_eos!r}; it is True or False")
+            raise InvalidParameter(f"ignore_eos is {shown(self.ignore_eos)}; it is True or False")
         _integer("min_tokens", self.min_tokens, 0, 2**31 - 1, "0 is no minimum")
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise InvalidParameter(
@@ -104,25 +103,25 @@ class SamplingParams:
 
 def _integer(name: str, value: object, low: int, high: int, remedy: str) -> None:
     if isinstance(value, bool) or not isinstance(value, int):
-        raise InvalidParameter(f"{name} is {_shown(value)}; it is an integer ({remedy})")
+        raise InvalidParameter(f"{name} is {shown(value)}; it is an integer ({remedy})")
     if not low <= value <= high:
-        raise InvalidParameter(f"{name} is {value}; it is in [{low}, {high}] ({remedy})")
+        raise InvalidParameter(f"{name} is {shown(value)}; it is in [{low}, {high}] ({remedy})")
 
 
 def _number(name: str, value: object, low: float, high: float, remedy: str, *, open_below: bool = False) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise InvalidParameter(f"{name} is {_shown(value)}; it is a number ({remedy})")
+        raise InvalidParameter(f"{name} is {shown(value)}; it is a number ({remedy})")
     inside = low < value <= high if open_below else low <= value <= high
-    if not math.isfinite(value) or not inside:
+    if not inside:  # nor is NaN, whatever it is compared with
         bracket = "(" if open_below else "["
-        raise InvalidParameter(f"{name} is {value}; it is in {bracket}{low:g}, {high:g}] ({remedy})")
+        raise InvalidParameter(f"{name} is {shown(value)}; it is in {bracket}{low:g}, {high:g}] ({remedy})")
 
 
 def _checked_bias(bias: object) -> dict[int, float] | None:
     if bias is None:
         return None
     if not isinstance(bias, Mapping):
-        raise InvalidParameter(f"logit_bias is {_shown(bias)}; it is a mapping of token id to bias")
+        raise InvalidParameter(f"logit_bias is {shown(bias)}; it is a mapping of token id to bias")
     if len(bias) > MAX_LOGIT_BIAS_ENTRIES:
         raise InvalidParameter(f"logit_bias has {len(bias)} entries; at most {MAX_LOGIT_BIAS_ENTRIES} (send fewer)")
     for token_id, value in bias.items():
@@ -134,12 +133,12 @@ def _checked_bias(bias: object) -> dict[int, float] | None:
 def _checked_stop(stop: object) -> tuple[str, ...]:
     strings = (stop,) if isinstance(stop, str) else stop
     if not isinstance(strings, Sequence):
-        raise InvalidParameter(f"stop is {_shown(stop)}; it is a string or a sequence of strings")
+        raise InvalidParameter(f"stop is {shown(stop)}; it is a string or a sequence of strings")
     if len(strings) > MAX_STOP_STRINGS:
         raise InvalidParameter(f"stop has {len(strings)} strings; at most {MAX_STOP_STRINGS} (send fewer)")
     for string in strings:
         if not isinstance(string, str):
-            raise InvalidParameter(f"a stop string is {_shown(string)}; it is a string")
+            raise InvalidParameter(f"a stop string is {shown(string)}; it is a string")
         if not 1 <= len(string) <= MAX_STOP_STRING_CHARS:
             raise InvalidParameter(
                 f"a stop string has {len(string)} characters; it has 1 to {MAX_STOP_STRING_CHARS} (leave it out)"
@@ -148,16 +147,10 @@ def _checked_stop(stop: object) -> tuple[str, ...]:
 
 
 def _checked_stop_ids(token_ids: object) -> tuple[int, ...]:
-    if isinstance(token_ids, str) or not isinstance(token_ids, Sequence):
-        raise InvalidParameter(f"stop_token_ids is {_shown(token_ids)}; it is a sequence of token ids")
+    if isinstance(token_ids, (str, bytes, bytearray)) or not isinstance(token_ids, Sequence):
+        raise InvalidParameter(f"stop_token_ids is {shown(token_ids)}; it is a sequence of token ids")
     if len(token_ids) > MAX_STOP_TOKEN_IDS:
         raise InvalidParameter(f"stop_token_ids has {len(token_ids)} ids; at most {MAX_STOP_TOKEN_IDS} (send fewer)")
     for token_id in token_ids:
         _integer("a stop_token_id", token_id, 0, MAX_TOKEN_ID, "it is a token id")
     return tuple(dict.fromkeys(token_ids))
-
-
-def _shown(value: object) -> str:
-    """A short repr: an error message must not carry a megabyte of somebody's input."""
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."

@@ -88,14 +88,21 @@ class StepDriver:
                     raise EngineClosed("the engine was closed (make a new Engine)")
                 self._owner = me
             return self._step()
-        finally:  # also after a KeyboardInterrupt, wherever it struck
-            with self._turn:
-                if self._owner == me:
-                    self._owner = None
-                    self.drain()
-                    if self._is_closing:
-                        self._shut_once()
-                    self._turn.notify_all()
+        finally:
+            try:
+                self._end_turn(me)
+            except KeyboardInterrupt:  # it struck in there: once more, or the turn might stay taken for ever
+                self._end_turn(me)
+                raise
+
+    def _end_turn(self, me: int) -> None:
+        with self._turn:
+            if self._owner == me:
+                self._turn.notify_all()  # they wake once this block is left, also if an action raises
+                self._owner = None
+                self.drain()
+                if self._is_closing:
+                    self._shut_once()
 
     @contextmanager
     def between_steps(self) -> Iterator[None]:

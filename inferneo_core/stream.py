@@ -25,8 +25,8 @@ class StreamDriver(Protocol):
 class TokenStream:
     """An iterator over the TokenOutputs of one request, as they are generated.
 
-    The consumer that lacks a token drives the engine for everybody, so streams may be read from as many threads as there
-    are streams. Closing, leaving the `with` block, or dropping the stream aborts the request and frees its blocks:
+    The consumer that lacks a token drives the engine for everybody, so streams may be read from as many threads as
+    there are streams. Closing, leaving the `with` block, or dropping the stream aborts the request and frees its blocks:
 
         with engine.stream("Once upon a time") as stream:
             for token in stream:
@@ -101,13 +101,14 @@ class TokenStream:
     def __next__(self) -> TokenOutput:
         request = self._request
         while not self._closed:
+            has_ended = request.finish_reason is not None  # asked first: a last output may arrive while we look for one
             try:
                 return request.outputs.popleft()
             except IndexError:  # nothing to read yet, or a second reader was faster
                 pass
-            if request.error is not None:
-                raise request.error
-            if request.finish_reason is not None:
+            if has_ended:
+                if request.error is not None:
+                    raise request.error
                 break
             if self._paused:
                 self.resume()
@@ -117,7 +118,9 @@ class TokenStream:
     def __enter__(self) -> TokenStream:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()
 
     def __del__(self) -> None:

@@ -1,8 +1,10 @@
 """Tokenizer: text to token ids and back.
 
-tokenizer = Tokenizer.from_directory("path/to/model")
-ids = tokenizer.encode("Once upon a time")
-assert tokenizer.decode(ids) == "Once upon a time"
+    tokenizer = Tokenizer.from_directory("path/to/model")
+    ids = tokenizer.encode("Once upon a time")
+    assert tokenizer.decode(ids) == "Once upon a time"
+
+The ids are those of the `tokenizers` library, which does the work; the bytes of each token are kept beside it.
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ MAX_LINES = 400
 # A new module takes its place here first.
 LAYERS = (
     "errors",
-    "config sampling_params outputs batch memory step_driver tokenizer_spec gguf_pretokenizers",
+    "config sampling_params outputs batch memory step_driver chat_meter tokenizer_spec gguf_pretokenizers",
     "sequence ops.base rope chat_sandbox gguf_tokenizer hf_tokenizer weights.dequant weights.fetch",
     "block_manager kv_cache chat ops.torch_sampling weights.checkpoint",
     "scheduler model tokenizer ops.torch_ops weights.safetensors weights.gguf",

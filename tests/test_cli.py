@@ -1,23 +1,18 @@
-"""The `inferneo` command: its streams, exit codes and words. A fake engine stands in except where marked slow."""
+"""`inferneo generate` and `inferneo chat`: streams, exit codes and words, most of them with a fake engine behind."""
 
 from __future__ import annotations
 
-import signal
-import subprocess
-import sys
 from collections.abc import Iterator
 from io import StringIO
 from typing import Any
 
 import pytest
-import torch
 from typer.testing import CliRunner
 
 import inferneo_core
 from inferneo import __version__
 from inferneo.cli import app
 from inferneo.cli_chat import Chat
-from inferneo.cli_info import in_units
 from inferneo.cli_stream import Answer, Screen, figures, stream_answer
 from inferneo_core import Engine, SamplingParams
 from inferneo_core.errors import EngineClosed, InvalidPrompt, ModelNotFound
@@ -85,31 +80,6 @@ def run(monkeypatch: pytest.MonkeyPatch):
         return result
 
     return run
-
-
-def python(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-c", code, *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
-
-
-# Help and version
-
-
-@pytest.mark.parametrize("arguments", [["--help"], ["-h"], ["generate", "--help"], ["chat", "--help"], ["info", "-h"]])
-def test_help_loads_neither_torch_nor_the_engine(arguments):
-    code = """
-import sys
-from inferneo.cli import main
-try:
-    main()
-except SystemExit as exit:
-    assert not exit.code, exit.code
-loaded = {"torch", "numpy", "inferneo_core", "openai"} & set(sys.modules)
-assert not loaded, loaded
-"""
-    result = python(code, *arguments)
-    assert result.returncode == 0, result.stderr
-    assert "Usage: inferneo" in result.stdout
 
 
 def test_version_is_that_of_the_package():
@@ -223,61 +193,6 @@ def test_error_while_the_model_opens_is_one_line(monkeypatch):
     monkeypatch.setattr(inferneo_core, "Engine", fail)
     result = CliRunner().invoke(app, ["generate", "m", "Hi"])
     assert (result.exit_code, result.stderr) == (1, "error: there is no m\n")
-
-
-# A program that runs the command with an engine whose answers never end.
-ENDLESS = """
-import itertools
-import inferneo_core
-from inferneo.cli import main
-from inferneo_core.outputs import Timings, TokenOutput
-
-class Endless:
-    def __init__(self, *args, **kwargs): ...
-    def __enter__(self): return self
-    def __exit__(self, *exc_info): ...
-    def stream(self, prompt, params): return Endless()
-    def __iter__(self):
-        for index in itertools.count():
-            yield TokenOutput("text ", 0, index, None, None, None, Timings(0, 0, 0, 0, 0, 0))
-
-inferneo_core.Engine = Endless
-main()
-"""
-
-
-def test_broken_pipe_is_quiet():
-    command = [sys.executable, "-c", ENDLESS, "generate", "m", "Hi"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
-        assert process.stdout is not None
-        assert process.stderr is not None
-        process.stdout.read(4)
-        process.stdout.close()
-        assert process.stderr.read() == b""
-        assert process.wait(timeout=60) == 1
-
-
-def test_chat_survives_a_real_interrupt(tmp_path):
-    command = [sys.executable, "-c", ENDLESS, "chat", "m"]
-    notes = tmp_path / "notes"
-    with (
-        notes.open("wb") as stderr,
-        subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=stderr) as process,
-    ):
-        assert process.stdin is not None
-        assert process.stdout is not None
-        for _ in range(2):
-            process.stdin.write(b"Hi\n")
-            process.stdin.flush()
-            assert process.stdout.read(5) == b"text "
-            process.send_signal(signal.SIGINT)
-            while process.stdout.read(1) != b"\n":
-                pass
-        process.stdin.write(b"quit\n")
-        process.stdin.close()
-        assert process.stdout.read() == b""
-        assert process.wait(timeout=60) == 0
-    assert notes.read_text().count("first after") == 2
 
 
 # The pieces
@@ -422,54 +337,6 @@ def test_chat_command_answers_piped_lines(run):
     assert [len(prompt) for prompt in engine.prompts] == [2, 4]
 
 
-# info
-
-
-def info_lines(*arguments: str) -> dict[str, str]:
-    result = CliRunner().invoke(app, ["info", *arguments])
-    assert result.exit_code == 0, result.stderr
-    pairs = [line.strip().split("  ", 1) for line in result.stdout.splitlines()]
-    return {name: value.strip() for name, value in pairs}
-
-
-def test_info_counts_parameters_and_memory(tiny_model):
-    lines = info_lines(str(tiny_model(dtype=torch.bfloat16)))
-    assert lines["architecture"] == (
-        "Llama, 3 layers, hidden size 48, 6 heads of 8 (2 for keys and values), MLP 80, vocabulary 263, RoPE default"
-    )
-    # embedding and head 2 * 263 * 48; a layer 2 * 48 * 48 + 2 * 16 * 48 + 3 * 80 * 48 + 2 * 48; the last norm 48
-    assert lines["parameters"] == "78,576"
-    assert lines["stored"] == "153.5 KiB (BF16 100.0 %)"
-    assert lines["weights"] == "153.5 KiB as bfloat16"
-    assert lines["KV cache"] == "96.0 KiB for 512 tokens"  # 2 * 3 layers * 2 heads * 8 * 2 bytes = 192 a token
-    assert lines["memory"].startswith("249.5 KiB on ")
-
-
-def test_info_counts_memory_for_the_context_asked_for(tiny_model):
-    assert info_lines(str(tiny_model()), "--context", "2")["KV cache"] == "768 bytes for 2 tokens"
-
-
-def test_info_context_beyond_the_model_is_refused(tiny_model):
-    result = CliRunner().invoke(app, ["info", str(tiny_model()), "--context", "513"])
-    assert (result.exit_code, result.stdout) == (1, "")
-    assert result.stderr == "error: --context is 513; the model's limit is 512 tokens (lower --context)\n"
-
-
-@pytest.mark.parametrize(
-    ("num_bytes", "text"),
-    [
-        (0, "0 bytes"),
-        (1023, "1023 bytes"),
-        (1024, "1.0 KiB"),
-        (1536 * 1024, "1.5 MiB"),
-        (2**30, "1.0 GiB"),
-        (3 * 2**50, "3,072.0 TiB"),
-    ],
-)
-def test_bytes_are_shown_in_the_largest_unit_that_fits(num_bytes, text):
-    assert in_units(num_bytes) == text
-
-
 # From end to end
 
 
@@ -492,16 +359,15 @@ def test_generate_refuses_a_prompt_that_is_no_text(tiny_model, prompt):
 
 
 @pytest.mark.slow
-def test_chat_remembers_with_a_real_model(default_model):
-    lines = "My name is Ada.\nWhat is my name?\nquit\n"
-    options = ["--temperature", "0", "--max-tokens", "32"]
-    result = CliRunner().invoke(app, ["chat", str(default_model), *options], input=lines)
-    assert result.exit_code == 0
-    assert "Ada" in result.stdout.splitlines()[-1]
-
-
-@pytest.mark.slow
-def test_info_of_the_default_model(default_model):
-    lines = info_lines(str(default_model))
-    assert lines["parameters"] == "134,515,008"
-    assert lines["stored"].startswith("92.1 MiB (Q4_1 ")
+def test_chat_sends_a_real_model_the_whole_conversation(default_model):
+    questions = ("My name is Ada. Say hello.", "What is the capital of France?")
+    messages, expected = [], ""
+    with Engine(default_model) as engine:
+        for question in questions:
+            messages.append(turn("user", question))
+            (answer,) = engine.generate([messages], SamplingParams(max_tokens=12, temperature=0.0))
+            messages.append(turn("assistant", answer.text))
+            expected += answer.text + "\n"
+    options = ["--temperature", "0", "--max-tokens", "12"]
+    result = CliRunner().invoke(app, ["chat", str(default_model), *options], input="\n".join([*questions, "quit", ""]))
+    assert (result.exit_code, result.stdout) == (0, expected)

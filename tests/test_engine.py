@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
-from inferneo_core import Engine, SamplingParams, StreamMetrics, TokenOutput, stream_with_callback
+from inferneo_core import Engine, SamplingParams, StepFailed, StreamMetrics, TokenOutput, stream_with_callback
 
 GREEDY = SamplingParams(max_tokens=12, temperature=0.0, ignore_eos=True)
 PROMPT = [5, 80, 200, 13, 7]
@@ -329,3 +329,24 @@ def test_engine_runs_in_each_dtype(dtype: str, tiny_model: Any, tiny_engine: Any
     assert engine._runner.ops.dtype == stored
     (completion,) = engine.generate([PROMPT], GREEDY)
     assert len(completion.token_ids) == 12
+
+
+def test_stream_without_a_drawable_token_fails_alone(tiny_engine: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = tiny_engine()
+    (expected,) = engine.generate([PROMPT], GREEDY)
+    ops = engine._runner.ops
+    lm_head = ops.lm_head
+
+    def broken(x: torch.Tensor, norm: Any, w_head: Any) -> torch.Tensor:
+        logits = lm_head(x, norm, w_head).clone()
+        if len(logits) == 2:
+            logits[0, 5] = float("nan")
+        return logits
+
+    monkeypatch.setattr(ops, "lm_head", broken)
+    first, second = engine.stream(PROMPT, GREEDY), engine.stream(PROMPT, GREEDY)
+    tokens = [output.token_id for output in second]
+    with pytest.raises(StepFailed, match=r"position 5.*NaN"):
+        list(first)
+    assert tuple(tokens) == expected.token_ids
+    assert blocks_are_back(engine)

@@ -197,15 +197,18 @@ def test_preempted_sequence_finds_its_cached_blocks_again() -> None:
     assert (scheduler.prefix_query_tokens, scheduler.prefix_hit_tokens) == (12, 0)
 
 
-def test_preemption_takes_paused_sequences_before_running_ones() -> None:
+def test_preemption_takes_paused_sequences_before_running_ones_and_the_youngest_first() -> None:
     scheduler = make_scheduler(num_blocks=8)
-    paused, first, second = (add(scheduler, seq_id, 3, max_tokens=20) for seq_id in range(3))
+    older, younger, *running = (add(scheduler, seq_id, n) for seq_id, n in enumerate((3, 3, 3, 5)))
     step(scheduler)
-    scheduler.pause(paused)
-    while paused.block_table:
-        assert [share[0] for share in step(scheduler)] == [1, 2]
-    assert (paused.status, scheduler.num_preemptions) == (SequenceStatus.PAUSED, 1)
-    assert (first.status, second.status) == (SequenceStatus.RUNNING, SequenceStatus.RUNNING)
+    scheduler.pause(older)
+    scheduler.pause(younger)
+    seen = []
+    while scheduler.num_preemptions < 2:
+        assert [share[0] for share in step(scheduler)] == [2, 3]
+        seen.append((bool(older.block_table), bool(younger.block_table)))
+    assert list(dict.fromkeys(seen)) == [(True, True), (True, False), (False, False)]
+    assert {seq.status for seq in running} == {SequenceStatus.RUNNING}
 
 
 def test_waiting_sequence_takes_the_blocks_of_a_paused_one() -> None:
@@ -246,18 +249,21 @@ def test_resume_recomputes_what_was_taken() -> None:
     assert paused.output_token_ids == [TOKEN] * 2
 
 
-def test_resume_waits_for_a_place() -> None:
-    scheduler = make_scheduler(max_num_seqs=1)
+@pytest.mark.parametrize("limits", [{"max_num_seqs": 1}, {"max_num_batched_tokens": 1}])
+def test_resume_waits_for_a_place(limits: dict[str, int]) -> None:
+    scheduler = make_scheduler(**limits)
     paused = add(scheduler, 0, 5)
-    step(scheduler)
+    while paused.num_output_tokens == 0:
+        step(scheduler)
     scheduler.pause(paused)
-    other = add(scheduler, 1, 5, max_tokens=2)
+    other = add(scheduler, 1, 1, max_tokens=2)
     step(scheduler)
     scheduler.resume(paused)
     assert (paused.status, paused.block_table) == (SequenceStatus.WAITING, [])
-    step(scheduler)
+    assert step(scheduler) == [(1, 1, 1, True)]
     assert other.is_finished
-    assert step(scheduler) == [(0, 4, 2, True)]  # its first block is still cached
+    [(seq_id, start, _, _)] = step(scheduler)
+    assert (seq_id, start) == (0, 4)  # its first block is still cached
 
 
 def test_pause_and_resume_leave_other_states_alone() -> None:

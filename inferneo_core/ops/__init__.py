@@ -19,7 +19,9 @@ def select_device(device: str) -> torch.device:
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.startswith("cuda") and not torch.cuda.is_available():
-        raise BackendUnavailable(f"device is {device}, but torch {torch.__version__} finds no CUDA GPU (use device='cpu')")
+        raise BackendUnavailable(
+            f"device is {device}, but torch {torch.__version__} finds no CUDA GPU (use device='cpu')"
+        )
     return torch.device(device)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -111,7 +111,7 @@ class CacheLayer:
 class Ops(Protocol):
     """What a backend can do. `TorchOps` is the reference that defines the meaning of each verb."""
 
-    name: str
+    name: ClassVar[str]
     dtype: torch.dtype  # of activations, norms and biases
     device: torch.device  # of every tensor the verbs take and return
 
@@ -223,7 +223,7 @@ class Ops(Protocol):
 
         The order: log-probabilities from the raw logits; penalties, biases; then greedy rows take the largest logit;
         the others are scaled by the inverse temperature, filtered by top-k, typical, top-p and min-p, each on the
-        renormalised rest, and drawn by Gumbel-max. All ties go to the lowest id. `TorchOps.sample` defines the arithmetic.
+        renormalised rest, and drawn by Gumbel-max. All ties go to the lowest id. `torch_sampling` defines the bits.
 
         Args:
             logits: [num_seqs, vocab_size] fp32 or bf16; not changed.

@@ -171,5 +171,5 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, first_position: int) -> Tensor:
     scores = grouped @ k[:, None].transpose(-1, -2) * head_dim**-0.5  # [num_kv_heads, group, query_len, seq_len]
     positions = torch.arange(seq_len, device=q.device)
     future = positions > positions[first_position : first_position + query_len, None]  # [query_len, seq_len]
-    attended = scores.masked_fill(future, float("-inf")).softmax(dim=-1) @ v[:, None]
+    attended: Tensor = scores.masked_fill(future, float("-inf")).softmax(dim=-1) @ v[:, None]
     return attended.permute(2, 0, 1, 3).reshape(query_len, num_heads, head_dim).to(q.dtype)

@@ -1,15 +1,17 @@
-"""The sampler's reference: every step from logits to a token, in torch, as the faster samplers reproduce it bit for bit.
+"""The sampler's reference: each step from logits to a token, in torch. The faster samplers reproduce it bit for bit.
 
 Bits are the same everywhere because nothing here depends on the order of a floating-point sum. `exp` and `log` are
-polynomials of plain fp32 products and sums in a written order (no FMA; a division is IEEE division). Probability mass is
-an integer: `weights` are exp(z - max) in units of 2**-40, so masses, prefixes and cut-offs are integer sums, exact in any
-order. A filter is one operation, `shortest_prefix`: sort the tokens, keep the fewest first ones whose mass reaches a target.
+polynomials of plain fp32 products and sums in a written order (no FMA; a division is IEEE division). Probability mass
+is an integer: `weights` are exp(z - max) in units of 2**-40, so masses, prefixes and cut-offs are integer sums, exact
+in any order. A filter is one operation, `shortest_prefix`: sort, then keep the fewest whose mass reaches a target.
 
-A row whose adjusted logits hold a NaN, or in which no token is allowed, has token id -1. Infinite logits are legal: a token
-at -inf is never drawn; several at +inf tie, and the lowest id wins.
+A row whose adjusted logits hold a NaN, or in which no token is allowed, has token id -1. Infinite logits are legal: a
+token at -inf is never drawn; several at +inf tie, and the lowest id wins.
 """
 
 from __future__ import annotations
+
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -104,7 +106,8 @@ def adjusted_logits(logits: Tensor, batch: SamplingBatch) -> Tensor:
         x = torch.where(seen, torch.where(x > 0, x / repetition, x * repetition), x)
         rows[penalised] = torch.where(times > 0, x - (presence + frequency * times.float()), x)
     if batch.bias_start is not None and batch.bias_ids is not None and batch.bias_values is not None:
-        for row, (start, end) in enumerate(zip(batch.bias_start[:-1].tolist(), batch.bias_start[1:].tolist(), strict=True)):
+        offsets = batch.bias_start.tolist()
+        for row, (start, end) in enumerate(pairwise(offsets)):
             for token_id, bias in zip(batch.bias_ids[start:end].tolist(), batch.bias_values[start:end], strict=True):
                 rows[row, token_id] = bias if bias == -torch.inf else rows[row, token_id] + bias
     return rows
@@ -131,8 +134,7 @@ def kept_tokens(z: Tensor, floats: Tensor, ints: Tensor) -> Tensor:
     Each filter sees the weights of those that the one before has kept, so it acts on their renormalised probabilities.
     A cut-off is `trunc(fp64(p) * fp64(mass))`, and at least 1.
     """
-    top_k = ints[:, [TOP_K]]
-    top_p, min_p, typical_p = (floats[:, [column]] for column in (TOP_P, MIN_P, TYPICAL_P))
+    top_k, top_p, min_p, typical_p = ints[:, [TOP_K]], floats[:, [TOP_P]], floats[:, [MIN_P]], floats[:, [TYPICAL_P]]
     kept = z > -torch.inf
     if not bool(((top_k > 0) | (top_p < 1) | (typical_p < 1) | (min_p > 0)).any()):
         return kept
@@ -206,8 +208,7 @@ def gumbel_exponentials(ints: Tensor, vocab_size: int) -> Tensor:
     takes 1 - v from the complement of x, in full resolution, where v itself would round to 1: E goes down to 2**-33, so
     that 2**17 equal logits stay equally likely. `fp32(word)` rounds to nearest even.
     """
-    num_blocks = (vocab_size + 3) // 4
-    block = torch.arange(num_blocks, device=ints.device)[None, :]
+    block = torch.arange((vocab_size + 3) // 4, device=ints.device)[None, :]
     words = philox4x32((ints[:, [POSITION]], block, ints[:, [CHOICE]], torch.zeros_like(block)), ints[:, [SEED]])
     x = torch.stack(torch.broadcast_tensors(*words), dim=-1).flatten(1)[:, :vocab_size]
     near_one = -(((0xFFFFFFFF - x).float() + 0.5) * 2.0**-32)
@@ -278,10 +279,9 @@ def check_sampling(logits: Tensor, batch: SamplingBatch) -> None:
     check_shape("ints", batch.ints, num_seqs, NUM_INTS)
     if batch.num_logprobs > vocab_size:
         raise ShapeError(f"num_logprobs is {batch.num_logprobs}; it is at most {vocab_size} (the vocabulary)")
-    num_count_rows = 0
+    num_count_rows = 0 if batch.token_counts is None else batch.token_counts.shape[0]
     if batch.token_counts is not None:
         check_shape("token_counts", batch.token_counts, None, vocab_size)
-        num_count_rows = batch.token_counts.shape[0]
     count_row = int(batch.ints[:, COUNT_ROW].max()) if num_seqs else -1
     if count_row >= num_count_rows:
         raise ShapeError(f"a count_row is {count_row}; token_counts has {num_count_rows} rows")
@@ -294,8 +294,7 @@ def check_sampling(logits: Tensor, batch: SamplingBatch) -> None:
         offsets, ids = batch.bias_start.tolist(), batch.bias_ids.tolist()
         if offsets != sorted(offsets) or offsets[0] != 0 or offsets[-1] != len(ids):
             raise ShapeError(f"bias_start must rise from 0 to {len(ids)}, the number of biases; it is {offsets[:8]}")
-        for token_id in ids:
-            if not 0 <= token_id < vocab_size:
-                raise ShapeError(f"bias_ids holds {token_id}; it is in [0, {vocab_size})")
+        if bad := [token_id for token_id in ids if not 0 <= token_id < vocab_size]:
+            raise ShapeError(f"bias_ids holds {bad[0]}; it is in [0, {vocab_size})")
         if not bool((batch.bias_values < torch.inf).all()):
             raise ShapeError("bias_values holds NaN or +inf; a bias is finite, or -inf to forbid the token")

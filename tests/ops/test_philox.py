@@ -45,7 +45,9 @@ def test_exp_and_log_are_accurate_to_a_tenth_of_a_millionth() -> None:
     d = -torch.rand(100_001, generator=torch.Generator().manual_seed(1)) * 28
     assert ((torch_sampling.exp(d).double() / d.double().exp()) - 1).abs().max() < 1e-7
     v = torch.exp2(torch.rand(100_001, generator=torch.Generator().manual_seed(2)) * 38 - 33)
-    assert ((torch_sampling.log(v).double() - v.double().log()) / v.double().log().abs().clamp(min=1e-9)).abs().max() < 1e-7
+    assert (
+        (torch_sampling.log(v).double() - v.double().log()) / v.double().log().abs().clamp(min=1e-9)
+    ).abs().max() < 1e-7
 
 
 def test_noise_keeps_its_resolution_at_both_ends() -> None:

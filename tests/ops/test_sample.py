@@ -80,7 +80,7 @@ def test_penalties_follow_their_formulas(ops: TorchOps) -> None:
     expected = torch.tensor([[2.0, 2.0, 3.0 - 1.0, -2.0 - 0.75]])
     assert torch.equal(torch_sampling.adjusted_logits(logits, batch), expected)
     for forbidden, winner in (([], 0), ([0], 1), ([0, 1], 2), ([0, 1, 2], 3)):  # the order that the formulas give
-        barred = with_biases(batch, [{i: -INF for i in forbidden}])
+        barred = with_biases(batch, [dict.fromkeys(forbidden, -INF)])
         assert ops.sample(logits, barred).token_ids.tolist() == [winner]
 
 
@@ -88,7 +88,9 @@ def test_biases_add_and_minus_infinity_forbids(ops: TorchOps) -> None:
     logits = torch.tensor([[0.0, 1.0, INF], [0.0, 1.0, 2.0]])
     batch = with_biases(empty_sampling_batch(2), [{2: -INF}, {0: 1.5, 2: -0.6}])
     assert ops.sample(logits, batch).token_ids.tolist() == [1, 0]
-    twice = replace(batch, bias_ids=torch.tensor([2, 0, 0], dtype=torch.int32), bias_values=torch.tensor([-INF, 1.1, 1.0]))
+    twice = replace(
+        batch, bias_ids=torch.tensor([2, 0, 0], dtype=torch.int32), bias_values=torch.tensor([-INF, 1.1, 1.0])
+    )
     assert ops.sample(logits, twice).token_ids.tolist() == [1, 0]
 
 
@@ -109,7 +111,9 @@ def test_strided_logits_are_sampled_as_their_copy(ops: TorchOps, make_batch: Mak
     assert torch.equal(ops.sample(view, batch).token_ids, ops.sample(view.contiguous(), batch).token_ids)
 
 
-GOOD = with_biases(replace(empty_sampling_batch(2), token_counts=torch.zeros(1, 5, dtype=torch.int32)), [{1: 1.0}, {4: 2.0}])
+GOOD = with_biases(
+    replace(empty_sampling_batch(2), token_counts=torch.zeros(1, 5, dtype=torch.int32)), [{1: 1.0}, {4: 2.0}]
+)
 
 
 def test_the_batch_that_the_hostile_ones_vary_is_good(ops: TorchOps) -> None:
