@@ -93,5 +93,5 @@ def shown(value: object) -> str:
     try:
         text = repr(value)
     except Exception:  # an integer of more than 4300 digits, or a class whose __repr__ raises
-        return f"a {type(value).__name__}"
+        return f"<{type(value).__name__} that cannot be shown>"
     return text if len(text) <= 60 else text[:57] + "..."

@@ -58,9 +58,9 @@ class TokenStream:
     @property
     def finish_reason(self) -> FinishReason | None:
         """Why the stream ended; None while it runs, or while there are outputs to read."""
-        if self._closed or not self._request.outputs:
-            return self._request.finish_reason
-        return None
+        if self._closed:
+            return self._request.finish_reason or "abort"  # a step in flight has yet to hear of it
+        return None if self._request.outputs else self._request.finish_reason
 
     @property
     def is_settled(self) -> bool:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import gc
+import itertools
 import json
+import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +16,7 @@ import torch
 from safetensors.torch import save_file
 from tokenizers import AddedToken, Tokenizer as HubTokenizer, decoders, models, pre_tokenizers
 
-from inferneo_core import Engine, Tokenizer
+from inferneo_core import Engine, SamplingParams, Tokenizer
 from inferneo_core.weights import resolve
 
 TINY_CONFIG: dict[str, Any] = {
@@ -128,6 +132,31 @@ def tiny_engine(tiny_model: TinyModel) -> Iterator[Callable[..., Engine]]:
         engine.close()
 
 
+@pytest.fixture
+def watched_engine(
+    tiny_engine: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Callable[..., Engine]]:
+    """As tiny_engine; and whatever the test did, every block is back, and an open engine serves as on its first day."""
+    made: list[Engine] = []
+
+    def make(**arguments: Any) -> Engine:
+        made.append(tiny_engine(**arguments))
+        return made[-1]
+
+    yield make
+    monkeypatch.undo()
+    gc.collect()
+    params = SamplingParams(max_tokens=6, seed=1, ignore_eos=True)
+    for engine in made:
+        stats = engine.stats()
+        assert stats.free_blocks + stats.cached_blocks == stats.total_blocks
+        assert stats.running == stats.waiting == 0
+        if not engine._driver._is_closed:
+            assert (
+                engine.generate([[5, 6]], params)[0].token_ids == tiny_engine().generate([[5, 6]], params)[0].token_ids
+            )
+
+
 @pytest.fixture(scope="module")
 def shared_engine(tiny_model: TinyModel) -> Iterator[Engine]:
     """One tiny Engine for all examples of a property test."""
@@ -154,3 +183,74 @@ def default_engine(default_model: Path) -> Iterator[Engine]:
 def default_tokenizer(default_engine: Engine) -> Tokenizer:
     """The default model's tokenizer."""
     return default_engine.tokenizer
+
+
+class Background:
+    """A call in a thread of its own. `result` returns or raises what the call did, and fails if it never ends."""
+
+    def __init__(self, call: Callable[..., Any], *args: Any) -> None:
+        self._future: Future[Any] = Future()
+        threading.Thread(target=self._run, args=(call, *args), daemon=True).start()
+
+    def _run(self, call: Callable[..., Any], *args: Any) -> None:
+        try:
+            self._future.set_result(call(*args))
+        except BaseException as error:
+            self._future.set_exception(error)
+
+    def result(self) -> Any:
+        return self._future.result(timeout=60)
+
+    def is_done(self) -> bool:
+        return self._future.done()
+
+
+@pytest.fixture
+def background() -> Callable[..., Background]:
+    """background(call, *args) starts the call in a thread."""
+    return Background
+
+
+@pytest.fixture
+def at_call(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """at_call(engine, act, verb) calls act(k) inside a verb at its k-th call from now; "embed" has one call a step."""
+
+    def hook(engine: Engine, act: Callable[[int], None], verb: str = "embed") -> None:
+        count, original = itertools.count(), getattr(engine._runner.ops, verb)
+
+        def hooked(*args: Any) -> Any:
+            act(next(count))
+            return original(*args)
+
+        monkeypatch.setattr(engine._runner.ops, verb, hooked)
+
+    return hook
+
+
+class Halt:
+    """An engine that stands still inside one of its steps, from `reached` to `go`."""
+
+    def __init__(self) -> None:
+        self._inside, self._go = threading.Event(), threading.Event()
+
+    def stand(self) -> None:
+        self._inside.set()
+        assert self._go.wait(60)
+
+    def reached(self) -> None:
+        assert self._inside.wait(60)
+
+    def go(self) -> None:
+        self._go.set()
+
+
+@pytest.fixture
+def halt(at_call: Callable[..., None]) -> Callable[[Engine, int], Halt]:
+    """halt(engine, k) makes the engine stand still inside its k-th step from now."""
+
+    def make(engine: Engine, step: int) -> Halt:
+        halted = Halt()
+        at_call(engine, lambda k: halted.stand() if k == step else None)
+        return halted
+
+    return make
