@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections import deque
 from types import TracebackType
@@ -112,7 +113,7 @@ def _percentile(ordered: list[float], share: float) -> float:
     """The nearest-rank percentile; 0.0 of nothing."""
     if not ordered:
         return 0.0
-    return ordered[min(int(share * len(ordered)), len(ordered) - 1)]
+    return ordered[math.ceil(share * len(ordered)) - 1]
 
 
 class ProgressBar:

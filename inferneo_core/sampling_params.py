@@ -100,6 +100,12 @@ class SamplingParams:
         """Whether any penalty changes the logits."""
         return self.repetition_penalty != 1.0 or self.presence_penalty != 0.0 or self.frequency_penalty != 0.0
 
+    @property
+    def has_filters(self) -> bool:
+        """Whether a draw may be kept from some tokens: a greedy choice never is."""
+        filters = self.top_k > 0 or self.top_p < 1.0 or self.min_p > 0.0 or self.typical_p < 1.0
+        return self.temperature > 0.0 and filters
+
 
 def _integer(name: str, value: object, low: int, high: int, remedy: str) -> None:
     if isinstance(value, bool) or not isinstance(value, int):

@@ -26,7 +26,8 @@ class TokenStream:
     """An iterator over the TokenOutputs of one request, as they are generated.
 
     The consumer that lacks a token drives the engine for everybody, so streams may be read from as many threads as
-    there are streams. Closing, leaving the `with` block, or dropping the stream aborts the request and frees its blocks:
+    there are streams. Closing, leaving the `with` block, or dropping the stream aborts the request and frees its
+    blocks:
 
         with engine.stream("Once upon a time") as stream:
             for token in stream:

@@ -218,8 +218,7 @@ def test_cancelling_while_queued_frees_the_place(engine: Any, alone: Any) -> Non
     run(main())
 
 
-@pytest.mark.parametrize("paused", [False, True])
-def test_close_by_another_task_wakes_the_reader(paused: bool, engine: Any, halt: Any) -> None:
+def test_close_by_another_task_wakes_the_reader(engine: Any, halt: Any) -> None:
     shared = engine()
     halted = halt(shared._engine, 3)
 
@@ -227,13 +226,25 @@ def test_close_by_another_task_wakes_the_reader(paused: bool, engine: Any, halt:
         stream = shared.stream(PROMPT, ENDLESS)
         reading = asyncio.create_task(ids(stream))
         await reached(halted)
-        if paused:
-            stream.pause()
-            halted.go()
-            await settle(lambda: not shared._engine.step())  # nothing left to do: the driving thread sleeps
         await stream.aclose()
         halted.go()
         assert len(await reading) <= 4
+
+    run(main())
+
+
+def test_close_wakes_the_reader_of_a_paused_stream(engine: Any, alone: Any) -> None:
+    shared = engine(max_num_seqs=1)
+
+    async def main() -> None:
+        running, queued = shared.stream(PROMPT, SAMPLED), shared.stream(LONG_PROMPT, SAMPLED)
+        reading = asyncio.create_task(ids(queued))
+        await settle(lambda: len(shared._readers._waiting) == 1)
+        queued.pause()
+        assert await ids(running) == alone(PROMPT, SAMPLED)
+        await settle(lambda: not shared._engine.step())  # nothing left to do: the driving thread sleeps
+        await queued.aclose()
+        assert await reading == []
 
     run(main())
 
