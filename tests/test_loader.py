@@ -19,7 +19,9 @@ open("/proc/self/clear_refs", "w").write("5")  # resets the peak
 before = status("VmRSS")
 engine = Engine(sys.argv[1], dtype=sys.argv[2], ops="torch", num_threads=1, max_model_len=1024)
 model = engine._runner.model
-linears = [model.embed, *(linear for layer in model.layers for linear in (layer.qkv, layer.out, layer.gate_up, layer.down))]
+linears = [model.embed]
+for layer in model.layers:
+    linears += layer.qkv, layer.out, layer.gate_up, layer.down
 print((status("VmHWM") - before) / sum(linear.weight.nbytes for linear in linears))
 """
 
