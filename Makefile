@@ -23,7 +23,7 @@ CSRC := $(shell find csrc -type f -name '*.cpp' -o -type f -name '*.h')
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test test-fast lint format bench clean distclean preflight
+.PHONY: help demo test test-fast lint format aot-report bench clean distclean preflight
 
 help:  ## Show this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 20
@@ -34,7 +34,7 @@ demo: $(CLI_STAMP)  ## Install, fetch the default model, stream an answer
 test: $(DEV_STAMP)  ## Run every test
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
-test-fast: $(DEV_STAMP)  ## Run the tests that take milliseconds
+test-fast: $(DEV_STAMP)  ## Run the tests that need neither the default model nor a GPU compiler
 	$(BIN)/python -m pytest -m "not slow" $(PYTEST_ARGS)
 
 lint: $(DEV_STAMP)  ## Check style and types; changes nothing
@@ -47,6 +47,10 @@ format: $(DEV_STAMP)  ## Rewrite the sources into the house style
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 	$(BIN)/clang-format -i $(CSRC)
+
+aot-report: $(DEV_STAMP)  ## Compile every GPU kernel for every chip; write benchmarks/results/aot.md (no GPU needed)
+	env -u TRITON_INTERPRET $(BIN)/python -m inferneo_kernels.aot --report > benchmarks/results/aot.md.new
+	mv benchmarks/results/aot.md.new benchmarks/results/aot.md
 
 bench: $(DEV_STAMP)  ## Run the benchmarks
 	$(BIN)/python -m pytest benchmarks -o python_files='bench_*.py' --benchmark-only $(PYTEST_ARGS)

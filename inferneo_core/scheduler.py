@@ -128,13 +128,33 @@ class Scheduler:
             budget -= self._schedule_prefill(seq, budget, prefills)
         return ScheduledBatch((*decodes, *prefills), self.max_num_batched_tokens - budget)
 
+    def schedule_ahead(self, batch: ScheduledBatch) -> ScheduledBatch | None:
+        """The step after `batch`, while nobody knows yet which tokens `batch` draws; None where they must be known.
+
+        It is the same sequences, one token further, and only exists where every running sequence decodes and nobody
+        could be admitted. Each has room for one token more than it computes, since the device works out a token's slot
+        while it draws it. A sequence that ends with the token that `batch` draws is in it for nothing.
+        """
+        if len(batch.sequences) != len(self._running) or (self._waiting and len(self._running) < self.max_num_running):
+            return None
+        block_size = self.block_manager.block_size
+        for seq, start, num_tokens, samples in batch.sequences:
+            is_decode = samples and num_tokens == 1 and seq.status is SequenceStatus.RUNNING
+            has_slot = start + 1 < len(seq.block_table) * block_size
+            if not is_decode or not has_slot or seq.num_prompt_tokens + seq.max_tokens <= start + 2:
+                return None
+        if not all(self.block_manager.allocate(share.sequence, share.start + 3) for share in batch.sequences):
+            return None
+        shares = (share._replace(start=share.start + 1) for share in batch.sequences)
+        return ScheduledBatch(tuple(shares), batch.num_tokens)
+
     def update(self, batch: ScheduledBatch, token_ids: abc.Sequence[int]) -> None:
         """Count a step as done: its keys and values are in the cache and its tokens are drawn.
 
         A sequence that was finished or preempted since it was scheduled has no blocks left; its share is dropped.
 
         Args:
-            batch: what the last `schedule` returned.
+            batch: what the last `schedule` returned, or the `schedule_ahead` that went on from the batch updated last.
             token_ids: the drawn token of each share that samples, in the order of the batch.
         """
         assert len(token_ids) == sum(share.samples for share in batch.sequences), "one token a share that samples"

@@ -233,14 +233,17 @@ def test_close_by_another_task_wakes_the_reader(engine: Any, halt: Any) -> None:
     run(main())
 
 
-def test_close_wakes_the_reader_of_a_paused_stream(engine: Any, alone: Any) -> None:
+def test_close_wakes_the_reader_of_a_paused_stream(engine: Any, alone: Any, halt: Any) -> None:
     shared = engine(max_num_seqs=1)
+    halted = halt(shared._engine, 1)
 
     async def main() -> None:
         running, queued = shared.stream(PROMPT, SAMPLED), shared.stream(LONG_PROMPT, SAMPLED)
         reading = asyncio.create_task(ids(queued))
+        await reached(halted)
         await settle(lambda: len(shared._readers._waiting) == 1)
         queued.pause()
+        halted.go()
         assert await ids(running) == alone(PROMPT, SAMPLED)
         await settle(lambda: not shared._engine.step())  # nothing left to do: the driving thread sleeps
         await queued.aclose()
@@ -325,7 +328,7 @@ def test_closing_the_engine_ends_every_awaiting_reader(engine: Any, halt: Any) -
 def test_engine_is_an_async_context_manager(engine: Any) -> None:
     async def main() -> None:
         async with engine() as shared:
-            stream = shared.stream(PROMPT, SAMPLED)
+            stream = shared.stream(PROMPT, ENDLESS)
             await anext_of(stream)
         with pytest.raises(EngineClosed):
             await ids(stream)

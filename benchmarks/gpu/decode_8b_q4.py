@@ -1,0 +1,6 @@
+"""Batch-1 decode at the shape of Llama 8B, Q4_K weights."""
+
+from gpu.decode import measure
+
+if __name__ == "__main__":
+    measure("8b", "Q4_K")
