@@ -32,6 +32,12 @@ COMPILE_ARGS = [
 ]
 
 
+def csrc_files(suffix: str) -> list[str]:
+    """The extension's files; the C++ tests are programs of their own."""
+    paths = sorted((ROOT / "csrc").rglob(f"*{suffix}"))
+    return [path.relative_to(ROOT).as_posix() for path in paths if not path.stem.endswith("_test")]
+
+
 class BuildCsrc(BuildExtension):
     """BuildExtension that says what to do when there is no compiler."""
 
@@ -53,8 +59,8 @@ setup(
     ext_modules=[
         CppExtension(
             "inferneo_core._C",
-            sources=[f"csrc/{name}.cpp" for name in ("ops", "passes", "sampler")],
-            depends=[path.relative_to(ROOT).as_posix() for path in sorted((ROOT / "csrc").glob("*.h"))],
+            sources=csrc_files(".cpp"),
+            depends=csrc_files(".h"),
             extra_compile_args=COMPILE_ARGS,
             py_limited_api=True,
         )

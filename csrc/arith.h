@@ -73,17 +73,27 @@ struct ScaledExp {
   int32_t n;
 };
 
-INFERNEO_INLINE ScaledExp exp_parts(float d) {
-  constexpr float kRoundToInt = 12582912.0f;
-  d = d > -28.0f ? d : -28.0f;
-  const float n = (d * 1.4426950216293335f + kRoundToInt) - kRoundToInt;
-  const float r = (d - n * kLn2High) - n * kLn2Low;
-  float q = 0.0013933650916442275f;
-  q = q * r + 0.008363179862499237f;
+constexpr float kLowestExponent = -28.0f;  // what is below counts as this
+constexpr float kLog2E = 1.4426950216293335f;
+constexpr float kRoundToInt = 12582912.0f;  // added and taken away again, it leaves a float's nearest integer
+
+// out = exp(r) for |r| <= log(2) / 2; F is float or a vector of floats.
+template <class F>
+INFERNEO_INLINE void exp_polynomial(const F& r, F& out) {
+  F q = r * 0.0013933650916442275f + 0.008363179862499237f;
   q = q * r + 0.04166646674275398f;
   q = q * r + 0.16666576266288757f;
   q = q * r + 0.5f;
-  return {((q * r) * r + r) + 1.0f, static_cast<int32_t>(n)};
+  out = ((q * r) * r + r) + 1.0f;
+}
+
+INFERNEO_INLINE ScaledExp exp_parts(float d) {
+  d = d > kLowestExponent ? d : kLowestExponent;
+  const float n = (d * kLog2E + kRoundToInt) - kRoundToInt;
+  const float r = (d - n * kLn2High) - n * kLn2Low;
+  ScaledExp parts{0.0f, static_cast<int32_t>(n)};
+  exp_polynomial(r, parts.poly);
+  return parts;
 }
 
 INFERNEO_INLINE float exp_float(float d) {

@@ -1,67 +1,21 @@
-// The operators torch.ops.inferneo.*: checks, threads and tensors around sampler.h, on the libtorch stable ABI.
-//
-// An error begins with the name of the class in inferneo_core/errors.py that CpuOps raises it as.
+// The sampler's operators torch.ops.inferneo.*, and the team's: checks, threads and tensors around sampler.h, on the
+// libtorch stable ABI.
 #include <Python.h>
-
-#pragma GCC diagnostic push
-#pragma GCC diagnostic ignored "-Wunused-parameter"  // in torch's own headers
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#pragma GCC diagnostic pop
 
 #include <algorithm>
 #include <atomic>
-#include <initializer_list>
 #include <limits>
 #include <optional>
-#include <sstream>
-#include <stdexcept>
 #include <string>
-#include <tuple>
 
+#include "owned.h"
 #include "sampler.h"
+#include "sampler_ops.h"
 
 namespace inferneo {
 namespace {
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-
 constexpr int64_t kMaxVocabSize = int64_t{1} << 22;  // keeps the mass of a row, vocab_size * 2**40, in an int64
-
-template <class... Parts>
-void check(bool condition, const Parts&... parts) {
-  if (condition) return;
-  std::ostringstream message;
-  message << "ShapeError: ";
-  (message << ... << parts);
-  throw std::runtime_error(message.str());
-}
-
-// A contiguous CPU tensor of this type and shape (-1: any size); a strided one is copied.
-Tensor checked(const char* name, const Tensor& tensor, ScalarType dtype, std::initializer_list<int64_t> shape) {
-  check(tensor.is_cpu(), name, " is not on the CPU; CpuOps takes CPU tensors");
-  check(tensor.scalar_type() == dtype, name, " has dtype ", torch::headeronly::toString(tensor.scalar_type()),
-        "; it must be ", torch::headeronly::toString(dtype));
-  bool same = tensor.dim() == static_cast<int64_t>(shape.size());
-  int64_t dim = 0;
-  for (const int64_t size : shape) {
-    same = same && (size < 0 || tensor.size(dim) == size);
-    ++dim;
-  }
-  if (!same) {
-    std::ostringstream shapes;
-    shapes << "[";
-    for (int64_t i = 0; i < tensor.dim(); ++i) shapes << (i > 0 ? ", " : "") << tensor.size(i);
-    shapes << "]; it must be [";
-    for (const int64_t* size = shape.begin(); size != shape.end(); ++size) {
-      shapes << (size != shape.begin() ? ", " : "") << (*size < 0 ? "any" : std::to_string(*size));
-    }
-    check(false, name, " has shape ", shapes.str(), "]");
-  }
-  return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
-}
 
 Tensor checked_logits(const Tensor& logits) {
   const ScalarType dtype = logits.scalar_type();
@@ -71,35 +25,17 @@ Tensor checked_logits(const Tensor& logits) {
   return result;
 }
 
-template <class T>
-const T* data(const Tensor& tensor) {
-  return static_cast<const T*>(tensor.const_data_ptr());
-}
-
-template <class T>
-T* mutable_data(const Tensor& tensor) {
-  return static_cast<T*>(tensor.mutable_data_ptr());
-}
-
-void run_on_torch_threads(int lanes, void (*task)(void* context, int lane), void* context) {
-  torch::stable::parallel_for(0, lanes, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t lane = begin; lane < end; ++lane) task(context, static_cast<int>(lane));
-  });
-}
-
 // f(row, threads, workspace) for every row: rows side by side when there are enough, else each on all threads.
 template <class F>
-void for_each_row(int64_t num_rows, int64_t num_threads, F&& f) {
+void for_each_row(int64_t num_rows, Team& team, F&& f) {
   thread_local Workspace workspace;
-  check(num_threads >= 0, "num_threads is ", num_threads, "; it is at least 1, or 0 for torch's own");
-  const int64_t pool = torch::stable::get_num_threads();
-  const Threads all{static_cast<int>(num_threads == 0 ? pool : std::min(num_threads, pool)), run_on_torch_threads};
+  const Threads all = team.threads();
   if (all.count == 1 || num_rows < all.count) {
     for (int64_t row = 0; row < num_rows; ++row) f(row, all, workspace);
     return;
   }
   std::atomic<int64_t> next{0};
-  const Threads one{1, run_on_torch_threads};
+  const Threads one{1, all.run, all.pool};
   run_lanes(all, all.count, [&](int) {
     for (int64_t row = next++; row < num_rows; row = next++) f(row, one, workspace);
   });
@@ -136,7 +72,7 @@ std::optional<Biases> checked_biases(const std::optional<Tensor>& start, const s
 
 template <class T>
 void sample_rows(const Tensor& logits, const Tensor& floats, const Tensor& ints,
-                 const std::optional<Tensor>& token_counts, const std::optional<Biases>& biases, int64_t num_threads,
+                 const std::optional<Tensor>& token_counts, const std::optional<Biases>& biases, Team& team,
                  int64_t* token_ids) {
   const Isa isa = cpu_isa();
   const int64_t vocab_size = logits.size(1);
@@ -147,7 +83,7 @@ void sample_rows(const Tensor& logits, const Tensor& floats, const Tensor& ints,
   const int32_t* bias_start = biases ? data<int32_t>(biases->start) : nullptr;
   const int32_t* bias_ids = biases ? data<int32_t>(biases->ids) : nullptr;
   const float* bias_values = biases ? data<float>(biases->values) : nullptr;
-  for_each_row(logits.size(0), num_threads, [&](int64_t row, const Threads& threads, Workspace& workspace) {
+  for_each_row(logits.size(0), team, [&](int64_t row, const Threads& threads, Workspace& workspace) {
     RowParams params{all_floats + row * kNumFloats, all_ints + row * kNumInts, nullptr, nullptr, nullptr, 0};
     const int64_t count_row = params.ints[kCountRow];
     if (count_row >= 0) params.counts = counts + count_row * vocab_size;
@@ -160,9 +96,11 @@ void sample_rows(const Tensor& logits, const Tensor& floats, const Tensor& ints,
   });
 }
 
-Tensor sample(const Tensor& logits, const Tensor& floats, const Tensor& ints, const std::optional<Tensor>& token_counts,
-              const std::optional<Tensor>& bias_start, const std::optional<Tensor>& bias_ids,
-              const std::optional<Tensor>& bias_values, int64_t num_threads) {
+}  // namespace
+
+Tensor sample(Team& team, const Tensor& logits, const Tensor& floats, const Tensor& ints,
+              const std::optional<Tensor>& token_counts, const std::optional<Tensor>& bias_start,
+              const std::optional<Tensor>& bias_ids, const std::optional<Tensor>& bias_values) {
   const Tensor x = checked_logits(logits);
   const int64_t num_seqs = x.size(0);
   const int64_t vocab_size = x.size(1);
@@ -180,15 +118,14 @@ Tensor sample(const Tensor& logits, const Tensor& floats, const Tensor& ints, co
 
   Tensor token_ids = torch::stable::empty({num_seqs}, ScalarType::Long);
   const auto run = x.scalar_type() == ScalarType::BFloat16 ? sample_rows<BFloat16> : sample_rows<float>;
-  run(x, float_rows, int_rows, counts, biases, num_threads, mutable_data<int64_t>(token_ids));
+  run(x, float_rows, int_rows, counts, biases, team, mutable_data<int64_t>(token_ids));
   return token_ids;
 }
 
-using Scores = std::tuple<Tensor, Tensor, Tensor, Tensor>;
+namespace {
 
 template <class T>
-void score_rows(const Tensor& logits, const Tensor& targets, int64_t num_logprobs, int64_t num_threads,
-                const Scores& out) {
+void score_rows(const Tensor& logits, const Tensor& targets, int64_t num_logprobs, Team& team, const Scores& out) {
   const Isa isa = cpu_isa();
   const int64_t vocab_size = logits.size(1);
   const T* all_logits = data<T>(logits);
@@ -197,7 +134,7 @@ void score_rows(const Tensor& logits, const Tensor& targets, int64_t num_logprob
   auto* ranks = mutable_data<int64_t>(std::get<1>(out));
   auto* top_ids = mutable_data<int64_t>(std::get<2>(out));
   auto* top_logprobs = mutable_data<float>(std::get<3>(out));
-  for_each_row(logits.size(0), num_threads, [&](int64_t row, const Threads& threads, Workspace& workspace) {
+  for_each_row(logits.size(0), team, [&](int64_t row, const Threads& threads, Workspace& workspace) {
     const ScoreOutput score =
         score_row(all_logits + row * vocab_size, vocab_size, target[row], num_logprobs, isa, threads, workspace,
                   top_ids + row * num_logprobs, top_logprobs + row * num_logprobs);
@@ -206,7 +143,9 @@ void score_rows(const Tensor& logits, const Tensor& targets, int64_t num_logprob
   });
 }
 
-Scores score(const Tensor& logits, const Tensor& targets, int64_t num_logprobs, int64_t num_threads) {
+}  // namespace
+
+Scores score(Team& team, const Tensor& logits, const Tensor& targets, int64_t num_logprobs) {
   const Tensor x = checked_logits(logits);
   const int64_t num_rows = x.size(0);
   const int64_t vocab_size = x.size(1);
@@ -222,28 +161,48 @@ Scores score(const Tensor& logits, const Tensor& targets, int64_t num_logprobs, 
              torch::stable::empty({num_rows, num_logprobs}, ScalarType::Long),
              torch::stable::empty({num_rows, num_logprobs}, ScalarType::Float)};
   const auto run = x.scalar_type() == ScalarType::BFloat16 ? score_rows<BFloat16> : score_rows<float>;
-  run(x, ids, num_logprobs, num_threads, out);
+  run(x, ids, num_logprobs, team, out);
   return out;
+}
+
+namespace {
+
+Tensor sample_op(const Tensor& team, const Tensor& logits, const Tensor& floats, const Tensor& ints,
+                 const std::optional<Tensor>& token_counts, const std::optional<Tensor>& bias_start,
+                 const std::optional<Tensor>& bias_ids, const std::optional<Tensor>& bias_values) {
+  return sample(owned<Team>("team", team), logits, floats, ints, token_counts, bias_start, bias_ids, bias_values);
+}
+
+Scores score_op(const Tensor& team, const Tensor& logits, const Tensor& targets, int64_t num_logprobs) {
+  return score(owned<Team>("team", team), logits, targets, num_logprobs);
 }
 
 std::string cpu_isa_name() { return isa_name(cpu_isa()); }
 
+Tensor make_team(int64_t num_threads) {
+  check(num_threads >= 1 && num_threads <= kMaxLanes, "num_threads is ", num_threads, "; it is in [1, ", kMaxLanes,
+        "]");
+  return own(std::make_unique<Team>(static_cast<int>(num_threads)));
+}
+
 STABLE_TORCH_LIBRARY(inferneo, m) {
   m.def(
-      "sample(Tensor logits, Tensor floats, Tensor ints, Tensor? token_counts, Tensor? bias_start, Tensor? bias_ids, "
-      "Tensor? bias_values, int num_threads) -> Tensor");
-  m.def(
-      "score(Tensor logits, Tensor targets, int num_logprobs, int num_threads) -> "
-      "(Tensor, Tensor, Tensor, Tensor)");
+      "sample(Tensor team, Tensor logits, Tensor floats, Tensor ints, Tensor? token_counts, Tensor? bias_start, "
+      "Tensor? bias_ids, Tensor? bias_values) -> Tensor");
+  m.def("score(Tensor team, Tensor logits, Tensor targets, int num_logprobs) -> (Tensor, Tensor, Tensor, Tensor)");
   m.def("cpu_isa() -> str");
+  m.def("make_team(int num_threads) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(inferneo, CPU, m) {
-  m.impl("sample", TORCH_BOX(&sample));
-  m.impl("score", TORCH_BOX(&score));
+  m.impl("sample", TORCH_BOX(&sample_op));
+  m.impl("score", TORCH_BOX(&score_op));
 }
 
-STABLE_TORCH_LIBRARY_IMPL(inferneo, CompositeExplicitAutograd, m) { m.impl("cpu_isa", TORCH_BOX(&cpu_isa_name)); }
+STABLE_TORCH_LIBRARY_IMPL(inferneo, CompositeExplicitAutograd, m) {
+  m.impl("cpu_isa", TORCH_BOX(&cpu_isa_name));
+  m.impl("make_team", TORCH_BOX(&make_team));
+}
 
 }  // namespace
 }  // namespace inferneo

@@ -1,4 +1,4 @@
-// Sharing work among threads, whoever owns them: torch's pool in the extension, std::thread in the C++ tests.
+// Sharing work among threads, whoever owns them: an engine's team in the extension, std::thread in the C++ tests.
 #pragma once
 
 #include <cstdint>
@@ -6,11 +6,12 @@
 namespace inferneo {
 
 // Calls task(context, lane) once for every lane in [0, lanes), on as many threads as there are.
-using RunLanes = void (*)(int lanes, void (*task)(void* context, int lane), void* context);
+using RunLanes = void (*)(void* pool, int lanes, void (*task)(void* context, int lane), void* context);
 
 struct Threads {
   int count;
   RunLanes run;
+  void* pool;  // whatever `run` works with
 };
 
 constexpr int kMaxLanes = 256;
@@ -18,7 +19,7 @@ constexpr int64_t kMinBlocksALane = 256;  // 16,384 tokens, some 2 us of work: w
 
 template <class F>
 void run_lanes(const Threads& threads, int lanes, F&& f) {
-  threads.run(lanes, [](void* context, int lane) { (*static_cast<F*>(context))(lane); }, &f);
+  threads.run(threads.pool, lanes, [](void* context, int lane) { (*static_cast<F*>(context))(lane); }, &f);
 }
 
 // combine(f(begin, end), ...) over shares of [0, blocks). The operations combined are exact and commutative (integer

@@ -14,7 +14,7 @@
 namespace inferneo {
 namespace {
 
-void run_on_threads(int lanes, void (*task)(void* context, int lane), void* context) {
+void run_on_threads(void*, int lanes, void (*task)(void* context, int lane), void* context) {
   std::vector<std::thread> threads;
   for (int lane = 0; lane < lanes; ++lane) threads.emplace_back(task, context, lane);
   for (std::thread& thread : threads) thread.join();
@@ -68,13 +68,13 @@ void check_vocabulary(int64_t vocab_size, float scale, std::mt19937& random) {
     const int64_t ints[kNumInts] = {variant % 4 == 0 ? 9 : variant % 4 == 1 ? 300 : 0, -variant, variant, 0, -1};
     const RowParams params{floats, ints, variant % 6 == 0 ? counts.get() : nullptr, &bias_id, &bias, variant % 8 == 0};
     const Isa isa = cpu_isa();
-    const int64_t id = sample_row(logits.get(), vocab_size, params, isa, {1, run_on_threads}, one);
+    const int64_t id = sample_row(logits.get(), vocab_size, params, isa, {1, run_on_threads, nullptr}, one);
     expect(id >= -1 && id < vocab_size, "the id is in the vocabulary");
-    expect(id == sample_row(logits.get(), vocab_size, params, isa, {3, run_on_threads}, two), "threads agree");
+    expect(id == sample_row(logits.get(), vocab_size, params, isa, {3, run_on_threads, nullptr}, two), "threads agree");
     const int64_t num_top = vocab_size < 20 ? vocab_size : 20;
     const auto top_ids = std::make_unique<int64_t[]>(num_top);
     const auto top_logprobs = std::make_unique<float[]>(num_top);
-    const ScoreOutput score = score_row(logits.get(), vocab_size, id, num_top, isa, {3, run_on_threads}, two,
+    const ScoreOutput score = score_row(logits.get(), vocab_size, id, num_top, isa, {3, run_on_threads, nullptr}, two,
                                         top_ids.get(), top_logprobs.get());
     expect(id < 0 || (score.rank >= 1 && score.rank <= vocab_size), "the rank is in the vocabulary");
   }

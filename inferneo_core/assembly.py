@@ -14,11 +14,15 @@ import torch
 from inferneo_core.batch_builder import BatchBuilder
 from inferneo_core.block_manager import BlockManager
 from inferneo_core.config import EngineConfig, ModelConfig
+from inferneo_core.cpu_graph import CpuGraph
+from inferneo_core.cuda_graphs import DecodeGraphs
 from inferneo_core.errors import ConfigError, shown
-from inferneo_core.kv_cache import KVCache, block_bytes, num_blocks_for
+from inferneo_core.kv_cache import KVCache, activation_bytes, block_bytes, num_blocks_for
 from inferneo_core.loader import load_llama
 from inferneo_core.memory import default_cache_memory, free_memory
 from inferneo_core.ops import select_device, select_ops
+from inferneo_core.ops.base import GraphOps, Ops
+from inferneo_core.ops.cpu_ops import CpuOps
 from inferneo_core.runner import ModelRunner
 from inferneo_core.scheduler import Scheduler
 from inferneo_core.tokenizer import Tokenizer
@@ -59,8 +63,8 @@ def assemble(model: str | Path, config: EngineConfig) -> EngineParts:
         tokenizer = _read_tokenizer(files, checkpoint)
     dtype = choose_dtype(config.dtype, checkpoint.dtype, device)
     max_model_len = _max_model_len(config.max_model_len, model_config)
-    ops = select_ops(config.ops, device, dtype, config.num_threads)
-    cache_dtype = dtype if config.kv_cache_dtype == "auto" else getattr(torch, config.kv_cache_dtype)
+    ops = select_ops(config.ops, device, dtype, num_threads=config.num_threads, batch_invariant=config.batch_invariant)
+    cache_dtype = choose_cache_dtype(config, checkpoint.dtype, ops)
     _num_cache_blocks(config, model_config, cache_dtype, max_model_len, device)  # refuse before the load, not after
     try:
         with _phase(f"loaded {checkpoint.num_bytes:,} bytes of weights for ops={ops.name} dtype={dtype}"):
@@ -78,12 +82,19 @@ def assemble(model: str | Path, config: EngineConfig) -> EngineParts:
         vocab_size=model_config.vocab_size,
         device=device,
     )
+    limits = {"max_num_seqs": config.max_num_seqs, "max_model_len": max_model_len}
+    graphs = DecodeGraphs(llama, cache, ops, **limits) if isinstance(ops, GraphOps) else None
+    tape = CpuGraph(llama, cache, ops) if isinstance(ops, CpuOps) else None
+    runner = ModelRunner(llama, cache, ops, builder, graphs, tape)
+    if device.type == "cuda":
+        with _phase("warmed up"):
+            _warm_up(runner, config, max_model_len)
     block_manager = BlockManager(num_blocks, config.block_size, config.enable_prefix_caching)
     return EngineParts(
         model_config=model_config,
         max_model_len=max_model_len,
         tokenizer=tokenizer,
-        runner=ModelRunner(llama, cache, ops, builder),
+        runner=runner,
         scheduler=Scheduler(
             block_manager, max_num_seqs=config.max_num_seqs, max_num_batched_tokens=config.max_num_batched_tokens
         ),
@@ -126,13 +137,53 @@ def choose_dtype(wanted: str, stored: torch.dtype | None, device: torch.device) 
     return torch.float32 if device.type == "cpu" else torch.bfloat16
 
 
+def _warm_up(runner: ModelRunner, config: EngineConfig, max_model_len: int) -> None:
+    """Run the first steps, the largest among them, while there is still somebody to tell that they do not fit.
+
+    Raises:
+        ConfigError: the device ran out of memory.
+    """
+    device, held = runner.ops.device, torch.cuda.memory_allocated(runner.ops.device)
+    try:
+        runner.warm_up(
+            max_num_batched_tokens=config.max_num_batched_tokens,
+            max_num_seqs=config.max_num_seqs,
+            max_model_len=max_model_len,
+        )
+    except torch.OutOfMemoryError as error:
+        steps = torch.cuda.max_memory_allocated(device) - held
+        raise ConfigError(
+            f"no step fits into the memory of {device}: weights take {held - runner.cache.num_bytes:,} bytes, "
+            f"the KV cache {runner.cache.num_bytes:,}, activations more than {steps:,}, and {free_memory(device):,} "
+            "are free (lower kv_cache_memory, max_num_batched_tokens or max_num_seqs)"
+        ) from error
+
+
+def choose_cache_dtype(config: EngineConfig, stored: torch.dtype | None, ops: Ops) -> torch.dtype:
+    """The cache's dtype: as wanted, or as the checkpoint's, or the backend's own.
+
+    CpuOps computes in fp32 whatever the weights are; a cache of fp32 would only double what a long context reads.
+    """
+    wanted = config.kv_cache_dtype if config.kv_cache_dtype != "auto" else config.dtype
+    if wanted != "auto":
+        dtype = getattr(torch, wanted)
+        assert isinstance(dtype, torch.dtype)
+        return dtype
+    if not isinstance(ops, CpuOps):
+        return ops.dtype
+    return torch.bfloat16 if stored is None else stored
+
+
 def _num_cache_blocks(
     config: EngineConfig, model_config: ModelConfig, dtype: torch.dtype, max_model_len: int, device: torch.device
 ) -> int:
     free = free_memory(device)
     memory = config.kv_cache_memory
+    if memory is None:
+        steps = activation_bytes(model_config, config.max_num_batched_tokens, config.max_num_seqs)
+        memory = max(default_cache_memory(device) - (steps if device.type == "cuda" else 0), 0)
     num_blocks = num_blocks_for(
-        default_cache_memory(device) if memory is None else memory,
+        memory,
         model_config,
         block_size=config.block_size,
         dtype=dtype,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -30,6 +30,15 @@ class AttentionMetadata:
     def num_seqs(self) -> int:
         return self.seq_lens.shape[0]
 
+    def to(self, device: torch.device) -> AttentionMetadata:
+        """The same on another device."""
+        return replace(
+            self,
+            query_start_loc=self.query_start_loc.to(device),
+            seq_lens=self.seq_lens.to(device),
+            block_tables=self.block_tables.to(device),
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class ModelInput:
@@ -48,6 +57,16 @@ class ModelInput:
     slot_mapping: Tensor
     attention: AttentionMetadata
     rows: Tensor
+
+    def to(self, device: torch.device) -> ModelInput:
+        """The same on another device."""
+        return ModelInput(
+            token_ids=self.token_ids.to(device),
+            positions=self.positions.to(device),
+            slot_mapping=self.slot_mapping.to(device),
+            attention=self.attention.to(device),
+            rows=self.rows.to(device),
+        )
 
 
 # Columns of SamplingBatch.floats and SamplingBatch.ints; csrc/sampler.h holds the same numbers.
@@ -74,6 +93,8 @@ class SamplingBatch:
         bias_ids: [num_biases] int32 token ids. An id may stand twice in a row; its biases add.
         bias_values: [num_biases] fp32; -inf forbids the token (how min_tokens withholds the ends of text).
         num_logprobs: how many of the most likely tokens to report a row; -1 reports no log-probability at all.
+        has_filters: whether a row may have one (top-k, typical, top-p, min-p). A backend that knows on the host that
+            none has can skip the search for cut-offs; True is always right.
     """
 
     floats: Tensor
@@ -83,10 +104,20 @@ class SamplingBatch:
     bias_ids: Tensor | None
     bias_values: Tensor | None
     num_logprobs: int
+    has_filters: bool = True
 
     @property
     def num_seqs(self) -> int:
         return self.floats.shape[0]
+
+    def to(self, device: torch.device) -> SamplingBatch:
+        """The same on another device; token_counts stay where they are: they live beside the logits."""
+        moved = {
+            field: tensor.to(device)
+            for field in ("floats", "ints", "bias_start", "bias_ids", "bias_values")
+            if (tensor := getattr(self, field)) is not None
+        }
+        return replace(self, **moved)
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +137,41 @@ class SampleOutput:
     ranks: Tensor | None = None
     top_ids: Tensor | None = None
     top_logprobs: Tensor | None = None
+
+    def to_host(self) -> SampleOutput:
+        """A copy in main memory; from a GPU into pinned memory, and complete only once the stream has come to it."""
+        fields = (self.token_ids, self.logprobs, self.ranks, self.top_ids, self.top_logprobs)
+        token_ids, *rest = (None if field is None else field.to("cpu", non_blocking=True) for field in fields)
+        assert token_ids is not None
+        return SampleOutput(token_ids, *rest)
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeState:
+    """What a decode step reads and `advance` moves on by one token: one row a sequence, at addresses that never change.
+
+    A row to spare has seq_len 0 and slot -1: its token is computed, stored nowhere and read by nobody. Drawn tokens
+    stay in the ring until it comes round, so that they can be copied to the host while the next step runs.
+
+    Attributes:
+        token_ids: [num_rows] int64; the token that each row computes.
+        positions: [num_rows] int64; its place in the sequence.
+        slot_mapping: [num_rows] int64; where its key and value go.
+        seq_lens: [num_rows] int32; tokens in the cache once it is stored.
+        block_tables: [num_rows, max_blocks] int32.
+        sampling_ints: [num_rows, 5] int64; SamplingBatch.ints, of which POSITION moves on.
+        ring: [ring_size, num_rows] int64; step i leaves its tokens in row i % ring_size.
+        step: [1] int64; how many steps have been taken since the host wrote the state.
+    """
+
+    token_ids: Tensor
+    positions: Tensor
+    slot_mapping: Tensor
+    seq_lens: Tensor
+    block_tables: Tensor
+    sampling_ints: Tensor
+    ring: Tensor
+    step: Tensor
 
 
 def empty_sampling_batch(num_seqs: int, num_logprobs: int = -1) -> SamplingBatch:

@@ -21,7 +21,7 @@ from inferneo_core.errors import EngineClosed, StepFailed
 from inferneo_core.outputs import Completion, EngineStats
 from inferneo_core.prompt import Prompt, encode_prompt, make_sequence, pair_params
 from inferneo_core.request import Request
-from inferneo_core.runner import PromptScores, logprobs_of
+from inferneo_core.runner import Pending, PromptScores, logprobs_of
 from inferneo_core.sampling_params import SamplingParams
 from inferneo_core.scheduler import ScheduledBatch
 from inferneo_core.step_driver import StepDriver
@@ -96,6 +96,8 @@ class Engine:
         self._requests: dict[int, Request] = {}  # alive, by seq_id
         self._seq_ids = itertools.count()
         self._driver = StepDriver(self._step, self._shut)
+        # The step launched before the last one's tokens were read.
+        self._in_flight: tuple[ScheduledBatch, Pending] | None = None
         self._num_steps = 0
         self._num_prompt_tokens = 0
         self._num_generated_tokens = 0
@@ -221,18 +223,18 @@ class Engine:
     # The step, and what runs between steps. Only the thread whose turn it is comes here.
 
     def _step(self) -> bool:
-        """Schedule, launch, wait, update, deliver."""
+        """Schedule, launch, wait, update, deliver. Where the device needs no token to go on, it is sent on first."""
         self._driver.drain()
-        batch = self._scheduler.schedule()
+        batch, pending = self._in_flight or (self._scheduler.schedule(), None)
+        self._in_flight = None
         if not batch:
             assert len(self._requests) == self._scheduler.num_paused, "there are requests that no step can serve"
             return False
         started = time.perf_counter()
-        for share in batch.sequences:
-            self._requests[share.sequence.seq_id].start_prefill()
         repeatable = True
         try:
-            pending = self._runner.launch(batch)
+            pending = pending or self._launch(batch)
+            following = self._launch_ahead(batch, pending)
             sampled = pending.wait()
             token_ids = [] if sampled is None else sampled.token_ids.tolist()
             repeatable = False
@@ -246,9 +248,20 @@ class Engine:
             if not repeatable:  # else a stream would go on without the token it was not handed
                 self._fail(batch, error)
             raise
+        self._in_flight = following
         self._num_steps += 1
         self._speed.append((time.perf_counter() - started, num_sampled))
         return True
+
+    def _launch(self, batch: ScheduledBatch) -> Pending:
+        for share in batch.sequences:
+            self._requests[share.sequence.seq_id].start_prefill()
+        return self._runner.launch(batch)
+
+    def _launch_ahead(self, batch: ScheduledBatch, pending: Pending) -> tuple[ScheduledBatch, Pending] | None:
+        """Launch the step after `batch` behind it, if that needs no token of it. It is dropped should `batch` fail."""
+        ahead = self._scheduler.schedule_ahead(batch) if pending.can_go_on else None
+        return None if ahead is None else (ahead, self._runner.launch_ahead(ahead))
 
     def _deliver(self, batch: ScheduledBatch, prompt_scores: list[PromptScores], sampled: SampleOutput | None) -> int:
         """Hand each stream its token; returns how many there were."""
@@ -258,17 +271,19 @@ class Engine:
                 request.accept_prompt_logprobs(scores.start, scores.logprobs)
         if sampled is None:
             return 0
-        sequences = [share.sequence for share in batch.sequences if share.samples]
-        logprobs = [None] * len(sequences) if sampled.logprobs is None else logprobs_of(sampled)
-        for sequence, logprob in zip(sequences, logprobs, strict=True):
+        shares = [share for share in batch.sequences if share.samples]
+        logprobs = [None] * len(shares) if sampled.logprobs is None else logprobs_of(sampled)
+        num_delivered = 0
+        for (sequence, start, num_tokens, _), logprob in zip(shares, logprobs, strict=True):
             request = self._requests.get(sequence.seq_id)
-            if request is None:  # no token could be drawn for it
-                continue
+            if request is None or sequence.num_tokens != start + num_tokens + 1:
+                continue  # it ended, or lost its blocks, since the step was launched; or no token could be drawn
             request.accept(sequence.token_ids[-1], logprob)
+            num_delivered += 1
             if request.finish_reason is not None:
                 self._retire(request)
-        self._num_generated_tokens += len(sequences)
-        return len(sequences)
+        self._num_generated_tokens += num_delivered
+        return num_delivered
 
     def _fail_undrawn(self, batch: ScheduledBatch, token_ids: list[int]) -> None:
         """End the requests for which the sampler found no token to draw; it marks them with -1."""
@@ -276,7 +291,7 @@ class Engine:
             return
         sampling = (share.sequence for share in batch.sequences if share.samples)
         for sequence, token_id in zip(sampling, token_ids, strict=True):
-            if token_id == -1:
+            if token_id == -1 and sequence.seq_id in self._requests:
                 where = f"at position {sequence.num_tokens}"
                 error = StepFailed(f"no token can be drawn {where}: the logits hold a NaN, or every token is forbidden")
                 self._end(self._requests[sequence.seq_id], error)

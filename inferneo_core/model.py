@@ -8,7 +8,7 @@ from torch import Tensor
 
 from inferneo_core.batch import ModelInput
 from inferneo_core.kv_cache import KVCache
-from inferneo_core.ops.base import CacheLayer, Linear, Norm, Ops
+from inferneo_core.ops.base import CacheLayer, ForwardOps, Linear, Norm
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,7 +22,7 @@ class DecoderLayer:
     gate_up: Linear  # [2 * intermediate_size, hidden_size]
     down: Linear  # [hidden_size, intermediate_size]
 
-    def forward(self, x: Tensor, ops: Ops, inputs: ModelInput, rope: Tensor, cache: CacheLayer) -> Tensor:
+    def forward(self, x: Tensor, ops: ForwardOps, inputs: ModelInput, rope: Tensor, cache: CacheLayer) -> Tensor:
         """Args: x: [num_tokens, hidden_size]. Returns: the same shape."""
         q = ops.qkv_rope_store(x, self.input_norm, self.qkv, inputs.positions, rope, cache, inputs.slot_mapping)
         attended = ops.attention(q, cache, inputs.attention)  # [num_tokens, num_heads * head_dim]
@@ -44,7 +44,7 @@ class Llama:
     head: Linear  # [vocab_size, hidden_size]; the embedding itself where the two are tied
     rope: Tensor  # [max_model_len, head_dim] fp32
 
-    def forward(self, ops: Ops, inputs: ModelInput, cache: KVCache) -> Tensor:
+    def forward(self, ops: ForwardOps, inputs: ModelInput, cache: KVCache) -> Tensor:
         """Run the step's tokens through every layer, storing their keys and values.
 
         Returns:

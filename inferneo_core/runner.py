@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from inferneo_core.batch import SampleOutput
+from inferneo_core.batch import ModelInput, SampleOutput, SamplingBatch
 from inferneo_core.batch_builder import BatchBuilder
-from inferneo_core.kv_cache import KVCache
+from inferneo_core.cpu_graph import CpuGraph
+from inferneo_core.cuda_graphs import DecodeGraphs
+from inferneo_core.kv_cache import SCORE_ROWS, KVCache
 from inferneo_core.model import Llama
 from inferneo_core.ops.base import Ops
 from inferneo_core.outputs import Logprob
 from inferneo_core.scheduler import ScheduledBatch, ScheduledSequence
 from inferneo_core.sequence import Sequence
-
-SCORE_ROWS = 256  # prompt rows whose logits exist at once: 131 MB at a vocabulary of 128k
+from inferneo_core.warm_up import warm_up
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,14 +37,41 @@ class PromptScores:
 
 
 class Pending:
-    """A launched step. On the CPU it is complete; on a GPU `wait` is where the host meets the device."""
+    """A launched step. On the CPU it is complete; on a GPU `wait` is where the host meets the device.
 
-    def __init__(self, output: SampleOutput | None, prompt_scores: list[PromptScores]) -> None:
+    Attributes:
+        prompt_scores: log-probabilities of the prompt tokens that the step computed.
+        can_go_on: whether the step after it can be launched before its tokens are known.
+    """
+
+    def __init__(
+        self, output: SampleOutput | None, prompt_scores: list[PromptScores], *, can_go_on: bool = False
+    ) -> None:
         self._output = output
+        self._source: SampleOutput | None = None  # what is being copied to the host
+        self._arrived: torch.cuda.Event | None = None
         self.prompt_scores = prompt_scores
+        self.can_go_on = can_go_on
+
+    def copy_to_host(self, stream: torch.cuda.Stream) -> None:
+        """Start the copy of a GPU's output into pinned memory, beside whatever is launched next."""
+        if self._output is None:
+            return
+        current = torch.cuda.current_stream(stream.device)
+        stream.wait_stream(current)
+        with torch.cuda.stream(stream):
+            host = self._output.to_host()
+            arrived = torch.cuda.Event()
+            arrived.record(stream)
+        if self._output.logprobs is not None:  # the next replay overwrites them; the token ids stand in a ring
+            current.wait_event(arrived)
+        self._source, self._output, self._arrived = self._output, host, arrived
 
     def wait(self) -> SampleOutput | None:
         """The step's tokens, one a sequence that samples, in batch order; None where none did."""
+        if self._arrived is not None:
+            self._arrived.synchronize()
+            self._source = None
         return self._output
 
 
@@ -54,30 +83,88 @@ class ModelRunner:
         cache: the paged tensors.
         ops: the backend.
         builder: makes a step's tensors.
+        graphs: runs the steps that only decode; None runs them as all others.
+        tape: runs all steps but those that score prompts; None runs them verb by verb.
     """
 
-    def __init__(self, model: Llama, cache: KVCache, ops: Ops, builder: BatchBuilder) -> None:
+    def __init__(
+        self,
+        model: Llama,
+        cache: KVCache,
+        ops: Ops,
+        builder: BatchBuilder,
+        graphs: DecodeGraphs | None = None,
+        tape: CpuGraph | None = None,
+    ) -> None:
         self.model = model
         self.cache = cache
         self.ops = ops
         self._builder = builder
+        self._graphs = graphs
+        self._tape = tape
+        self._copies = torch.cuda.Stream(ops.device) if ops.device.type == "cuda" else None
 
     def release(self) -> None:
         """Drop the weights and the cache; the runner is of no use afterwards."""
-        del self.model, self.cache
+        del self.model, self.cache, self.ops, self._graphs, self._tape
 
-    @torch.inference_mode()
+    def warm_up(self, *, max_num_batched_tokens: int, max_num_seqs: int, max_model_len: int) -> None:
+        """Compile and capture what serving within these limits launches, so that no stream waits for a compiler."""
+        limits = {"max_num_seqs": max_num_seqs, "max_model_len": max_model_len}
+        with self._on_device():
+            warm_up(self.model, self.cache, self.ops, max_num_batched_tokens=max_num_batched_tokens, **limits)
+            if self._graphs is not None:
+                self._graphs.warm_up()
+
+    def _on_device(self) -> AbstractContextManager[object]:
+        """Makes the runner's GPU the current one, where Triton launches; whichever thread comes here."""
+        return torch.cuda.device(self.ops.device) if self.ops.device.type == "cuda" else nullcontext()
+
     def launch(self, batch: ScheduledBatch) -> Pending:
         """Start one step. Nothing that a repeated launch of the same batch would change is changed."""
         inputs = self._builder.model_input(batch)
+        sampled = [share.sequence for share in batch.sequences if share.samples]
+        sampling = self._builder.sampling_batch(sampled) if sampled else None
+        if self._tape is not None and not any(map(_scores_its_prompt, batch.sequences)):
+            return Pending(self._tape.launch(inputs, sampling), [])
+        with torch.inference_mode(), self._on_device():
+            if self._graphs is not None and sampling is not None and self._graphs.takes(inputs, sampling):
+                output = self._graphs.launch(inputs, sampling)
+                return self._pending(output, [], can_go_on=not any(map(_awaits_its_token, sampled)))
+            return self._launch(batch, inputs, sampling)
+
+    def _launch(self, batch: ScheduledBatch, inputs: ModelInput, sampling: SamplingBatch | None) -> Pending:
+        """A step as calls of the verbs."""
+        inputs = inputs.to(self.ops.device)
         x = self.model.forward(self.ops, inputs, self.cache)
         prompt_scores = self._score_prompts(batch, x)
-        sampled = [share.sequence for share in batch.sequences if share.samples]
-        if not sampled:
+        if sampling is None:
             return Pending(None, prompt_scores)
-        sampling = self._builder.sampling_batch(sampled)
+        sampling = sampling.to(self.ops.device)
         output = self.ops.next_tokens(x, self.model.norm, self.model.head, inputs.rows, sampling)
-        return Pending(output, prompt_scores)
+        return self._pending(output, prompt_scores)
+
+    def launch_ahead(self, batch: ScheduledBatch) -> Pending:
+        """Start the step after the one launched last, which could go on; its tokens are on the device alone.
+
+        Args:
+            batch: the same sequences as the last one's, each one token further.
+        """
+        assert self._graphs is not None, "only a graph's step can go on"
+        block_size = self.cache.block_size
+        new_blocks = [
+            (row, (share.start + 1) // block_size, share.sequence.block_table[(share.start + 1) // block_size])
+            for row, share in enumerate(batch.sequences)
+            if (share.start + 1) % block_size == 0
+        ]
+        with torch.inference_mode(), self._on_device():
+            return self._pending(self._graphs.launch_ahead(new_blocks), [], can_go_on=True)
+
+    def _pending(self, output: SampleOutput, prompt_scores: list[PromptScores], *, can_go_on: bool = False) -> Pending:
+        pending = Pending(output, prompt_scores, can_go_on=can_go_on)
+        if self._copies is not None:
+            pending.copy_to_host(self._copies)
+        return pending
 
     def _score_prompts(self, batch: ScheduledBatch, x: Tensor) -> list[PromptScores]:
         scores = []
@@ -101,6 +188,15 @@ class ModelRunner:
             scored = self.ops.score(logits, targets, num_logprobs)
             scores.append(PromptScores(sequence, start + 1, logprobs_of(scored)))
         return scores
+
+
+def _scores_its_prompt(share: ScheduledSequence) -> bool:
+    return share.sequence.params.prompt_logprobs is not None
+
+
+def _awaits_its_token(sequence: Sequence) -> bool:
+    """Whether the sequence's next draw depends on tokens that the host has to see: to count them, or to let it end."""
+    return sequence.params.needs_penalties or sequence.num_output_tokens < sequence.params.min_tokens
 
 
 def logprobs_of(output: SampleOutput) -> list[Logprob]:

@@ -211,11 +211,17 @@ def background() -> Callable[..., Background]:
     return Background
 
 
+def verb_by_verb(engine: Engine) -> None:
+    """Makes an engine run its steps as calls of the verbs, which a test can reach into, not from a tape."""
+    engine._runner._tape = None
+
+
 @pytest.fixture
 def at_call(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """at_call(engine, act, verb) calls act(k) inside a verb at its k-th call from now; "embed" has one call a step."""
 
     def hook(engine: Engine, act: Callable[[int], None], verb: str = "embed") -> None:
+        verb_by_verb(engine)
         count, original = itertools.count(), getattr(engine._runner.ops, verb)
 
         def hooked(*args: Any) -> Any:

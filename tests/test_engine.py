@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from inferneo_core import Engine, SamplingParams, StepFailed, StreamMetrics, TokenOutput, stream_with_callback
 
@@ -147,34 +148,48 @@ def test_repetition_penalties_follow_the_generated_tokens(tiny_engine: Any) -> N
 def test_eight_streams_take_few_forward_calls(tiny_engine: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = tiny_engine()
     calls = 0
-    forward = type(engine._runner.model).forward
+    launch = type(engine._runner).launch
 
     def counted(self: Any, *args: Any) -> Any:
         nonlocal calls
         calls += 1
-        return forward(self, *args)
+        return launch(self, *args)
 
-    monkeypatch.setattr(type(engine._runner.model), "forward", counted)
+    monkeypatch.setattr(type(engine._runner), "launch", counted)
     streams = [engine.stream([i + 1] * 9, SamplingParams(max_tokens=32, seed=i, ignore_eos=True)) for i in range(8)]
     assert sum(len(list(stream)) for stream in streams) == 8 * 32
     assert calls <= 40
     assert engine.stats().steps == calls
 
 
-def test_stream_reaches_the_compiled_sampler(tiny_engine: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    from torch.utils._python_dispatch import TorchDispatchMode
+class Spy(TorchDispatchMode):
+    """Notes the names of the operators that run under it."""
 
-    seen: list[str] = []
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
 
-    class Spy(TorchDispatchMode):
-        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            seen.append(str(func))
-            return func(*args, **(kwargs or {}))
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.seen.append(str(func))
+        return func(*args, **(kwargs or {}))
 
+
+def test_stream_reaches_the_compiled_sampler(tiny_engine: Any) -> None:
     engine = tiny_engine()
-    with Spy():
+    engine._runner._tape = None  # verb by verb: on the tape the sampler is a node
+    with Spy() as spy:
         assert len(list(engine.stream(PROMPT, SamplingParams(max_tokens=3, ignore_eos=True)))) == 3
-    assert seen.count("inferneo.sample.default") == 3
+    assert spy.seen.count("inferneo.sample.default") == 3
+
+
+def test_step_is_one_call_into_the_extension(tiny_engine: Any) -> None:
+    engine = tiny_engine(max_num_batched_tokens=4)  # the prompt takes steps of its own, from which nothing is drawn
+    params = SamplingParams(max_tokens=3, ignore_eos=True, top_p=0.9, repetition_penalty=1.1, logprobs=2, min_tokens=1)
+    with Spy() as spy:
+        assert len(list(engine.stream([*PROMPT, 7, 8, 9], params))) == 3
+    calls = [name for name in spy.seen if name.startswith("inferneo.")]
+    assert calls == ["inferneo.tape_step.default"] * engine.stats().steps
+    assert len(calls) >= 4
 
 
 def test_closing_frees_the_blocks(tiny_engine: Any) -> None:
@@ -326,7 +341,7 @@ def test_decoder_text_equals_decode_for_random_streams(data: st.DataObject, shar
 def test_engine_runs_in_each_dtype(dtype: str, tiny_model: Any, tiny_engine: Any) -> None:
     stored = getattr(torch, dtype)
     engine = tiny_engine(tiny_model(dtype=stored))
-    assert engine._runner.ops.dtype == stored
+    assert engine._runner.cache.layers[0].k.dtype == stored
     (completion,) = engine.generate([PROMPT], GREEDY)
     assert len(completion.token_ids) == 12
 
@@ -334,6 +349,7 @@ def test_engine_runs_in_each_dtype(dtype: str, tiny_model: Any, tiny_engine: Any
 def test_stream_without_a_drawable_token_fails_alone(tiny_engine: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = tiny_engine()
     (expected,) = engine.generate([PROMPT], GREEDY)
+    engine._runner._tape = None  # verb by verb
     ops = engine._runner.ops
     lm_head = ops.lm_head
 

@@ -22,22 +22,49 @@ def select_device(device: str) -> torch.device:
         raise BackendUnavailable(
             f"device is {device}, but torch {torch.__version__} finds no CUDA GPU (use device='cpu')"
         )
-    return torch.device(device)
+    selected = torch.device(device)
+    if selected.type == "cuda" and selected.index is not None and selected.index >= torch.cuda.device_count():
+        raise BackendUnavailable(
+            f"device is {device}, but this machine has {torch.cuda.device_count()} CUDA GPUs (they count from cuda:0)"
+        )
+    return selected
 
 
-def select_ops(name: str, device: torch.device, dtype: torch.dtype, num_threads: int | None = None) -> Ops:
-    """The backend of an EngineConfig.ops; "auto" is the device's own: "cpu" on the CPU, "torch" on CUDA.
+def select_ops(
+    name: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    num_threads: int | None = None,
+    batch_invariant: bool | None = None,
+) -> Ops:
+    """The backend of an EngineConfig.ops; "auto" is the device's own: "cpu" on the CPU, "triton" on CUDA.
 
     Raises:
         ConfigError: the backend does not run on the device.
-        BackendUnavailable: the compiled extension is missing, or the backend is not part of this version.
+        BackendUnavailable: the compiled extension or Triton is missing, or the device cannot run the backend.
     """
     if name == "auto":
-        name = "cpu" if device.type == "cpu" else "torch"
+        name = "cpu" if device.type == "cpu" else "triton"
     if name == "torch":
         return TorchOps(dtype, device)
     if name == "cpu":
         if device.type != "cpu":
             raise ConfigError(f"ops is 'cpu' but device is {device} (use device='cpu', or ops='torch')")
-        return CpuOps(dtype, num_threads=num_threads)
-    raise BackendUnavailable(f"ops is {name!r}; this version has 'cpu' and 'torch' (use ops='auto')")
+        return CpuOps(num_threads)
+    if name == "triton":
+        return _triton_ops(dtype, device, bool(batch_invariant))
+    raise ConfigError(f"ops is {name!r}; it is one of 'torch', 'cpu', 'triton' or 'auto'")
+
+
+def _triton_ops(dtype: torch.dtype, device: torch.device, batch_invariant: bool) -> Ops:
+    try:
+        # Not at the top: Triton is there only where there is a GPU, and takes a second to import.
+        from inferneo_core.ops.triton_ops import TritonOps
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.partition(".")[0] != "triton":
+            raise
+        raise BackendUnavailable(
+            "ops is 'triton', but Triton is not installed (pip install triton, or use ops='torch')"
+        ) from error
+    return TritonOps(dtype, device, batch_invariant=batch_invariant)

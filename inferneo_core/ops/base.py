@@ -6,14 +6,14 @@ the fast kernels fuse, so the network reads as the sentence that they execute: f
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar, Protocol
+from typing import ClassVar, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
-from inferneo_core.batch import AttentionMetadata, SampleOutput, SamplingBatch
+from inferneo_core.batch import AttentionMetadata, DecodeState, SampleOutput, SamplingBatch
 from inferneo_core.errors import ShapeError
 
 
@@ -108,21 +108,8 @@ class CacheLayer:
         return self.k.shape[3]
 
 
-class Ops(Protocol):
-    """What a backend can do. `TorchOps` is the reference that defines the meaning of each verb."""
-
-    name: ClassVar[str]
-    dtype: torch.dtype  # of activations, norms and biases
-    device: torch.device  # of every tensor the verbs take and return
-
-    def prepare(self, linear: Linear) -> Linear:
-        """Repack a weight into the backend's own layout; called once a weight, at load.
-
-        Args:
-            linear: as the loader made it, its segments views of the mapped file.
-        Returns:
-            The same product; the other verbs of this backend accept only what this returned.
-        """
+class ForwardOps(Protocol):
+    """The verbs of the forward pass: what `Llama.forward` and the output head call."""
 
     def embed(self, ids: Tensor, w: Linear) -> Tensor:
         """Rows of an embedding table.
@@ -218,6 +205,23 @@ class Ops(Protocol):
             ShapeError: x and w_head disagree on hidden_size.
         """
 
+
+class Ops(ForwardOps, Protocol):
+    """What a backend can do. `TorchOps` is the reference that defines the meaning of each verb."""
+
+    name: ClassVar[str]
+    dtype: torch.dtype  # of activations, norms and biases
+    device: torch.device  # of every tensor the verbs take and return
+
+    def prepare(self, linear: Linear) -> Linear:
+        """Repack a weight into the backend's own layout; called once a weight, at load.
+
+        Args:
+            linear: as the loader made it, its segments views of the mapped file.
+        Returns:
+            The same product; the other verbs of this backend accept only what this returned.
+        """
+
     def sample(self, logits: Tensor, batch: SamplingBatch) -> SampleOutput:
         """Choose one token a row.
 
@@ -258,6 +262,26 @@ class Ops(Protocol):
             num_logprobs: how many of the most likely tokens to report a row, from 0.
         Returns:
             SampleOutput with token_ids = targets and every other field set.
+        """
+
+
+@runtime_checkable
+class GraphOps(Ops, Protocol):
+    """A backend that can record a whole decode step and repeat it without the host's help."""
+
+    def advance(self, state: DecodeState, token_ids: Tensor, block_size: int) -> None:
+        """Make the tokens just drawn the next step's input: ids, positions, slots and lengths move on by one token.
+
+        Args:
+            state: changed in place, but for rows to spare.
+            token_ids: [num_rows] int64, the drawn tokens; -1 (none could be drawn) goes on as token 0.
+            block_size: tokens a cache block.
+        """
+
+    def capture(self, step: Callable[[], SampleOutput]) -> Callable[[], SampleOutput]:
+        """Record the kernels that `step` launches; returns what launches them all again and gives their output.
+
+        `step` has run before, so that everything it launches is compiled. Its output is overwritten by each replay.
         """
 
 

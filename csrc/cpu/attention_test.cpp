@@ -1,0 +1,110 @@
+// Runs the team and attention without torch, for the sanitizers: tests/ops/test_cpu_native.py builds it with ASan and
+// UBSan, then with TSan, and runs it once an instruction set. Every array has exactly the size it is said to have, so
+// that one element too far is an error.
+#include "attention.h"
+
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <memory>
+#include <random>
+#include <vector>
+
+namespace inferneo {
+namespace {
+
+void expect(bool condition, const char* what) {
+  if (condition) return;
+  std::fprintf(stderr, "failed: %s\n", what);
+  std::exit(1);
+}
+
+void check_team(int lanes) {
+  Team team(lanes);
+  std::vector<int64_t> counts(lanes, 0);
+  for (int task = 0; task < 50; ++task) {
+    team.run([&](Lane lane) {
+      for (int round = 0; round < 20; ++round) {
+        ++counts[lane.index];
+        team.barrier(lane);
+        for (const int64_t count : counts) expect(count == task * 20 + round + 1, "a barrier waits for every lane");
+        team.barrier(lane);
+      }
+    });
+  }
+  const Threads threads = team.threads();
+  std::atomic<int> calls{0};
+  run_lanes(threads, threads.count, [&](int) { ++calls; });
+  expect(calls == lanes, "run_lanes reaches every lane");
+}
+
+struct Case {
+  std::vector<int32_t> query_lens, seq_lens;
+  int64_t num_heads, num_kv_heads, head_dim, block_size;
+};
+
+std::vector<float> attend(const Case& c, CacheType type, int lanes) {
+  std::mt19937 random(7);
+  std::normal_distribution<float> normal;
+  const auto num_seqs = static_cast<int64_t>(c.seq_lens.size());
+  int64_t max_blocks = 0, num_tokens = 0;
+  std::vector<int32_t> starts{0};
+  for (int64_t i = 0; i < num_seqs; ++i) {
+    max_blocks = std::max<int64_t>(max_blocks, (c.seq_lens[i] + c.block_size - 1) / c.block_size);
+    num_tokens += c.query_lens[i];
+    starts.push_back(static_cast<int32_t>(num_tokens));
+  }
+  std::vector<int32_t> tables(num_seqs * max_blocks);
+  for (size_t i = 0; i < tables.size(); ++i) tables[i] = static_cast<int32_t>(tables.size() - 1 - i);
+  const int64_t block_elements = c.num_kv_heads * c.block_size * c.head_dim;
+  const int64_t bytes = num_seqs * max_blocks * block_elements * cache_type_bytes(type);
+  const auto k = std::make_unique<std::byte[]>(bytes), v = std::make_unique<std::byte[]>(bytes);
+  const RowKernels& kernels = row_kernels(cpu_isa());
+  for (std::byte* side : {k.get(), v.get()}) {
+    std::vector<float> row(c.head_dim);
+    const int64_t row_bytes = c.head_dim * cache_type_bytes(type);
+    for (int64_t offset = 0; offset < bytes; offset += row_bytes) {
+      for (float& x : row) x = normal(random);
+      kernels.store[static_cast<int>(type)](row.data(), c.head_dim, side + offset);
+    }
+  }
+  std::vector<float> q(num_tokens * c.num_heads * c.head_dim), out(q.size(), NAN);
+  for (float& x : q) x = normal(random);
+
+  const CacheView cache{k.get(),        v.get(),      type,       num_seqs * max_blocks,
+                        c.num_kv_heads, c.block_size, c.head_dim, block_elements};
+  const SequenceViews sequences{starts.data(), c.seq_lens.data(), tables.data(), num_seqs, max_blocks};
+  std::vector<float> parts(part_floats(sequences, c.num_heads, c.num_kv_heads, c.head_dim));
+  std::atomic<int64_t> ticket{0};
+  const AttentionTask task{kernels, q.data(), out.data(), c.num_heads, cache, sequences, parts.data(), ticket};
+  Team team(lanes);
+  std::vector<std::vector<float>> scratch(lanes, std::vector<float>(attend_scratch(c.head_dim)));
+  team.run([&](Lane lane) {
+    attend_items(task, scratch[lane.index].data());
+    team.barrier(lane);
+    merge_parts(task, lane);
+  });
+  for (const float x : out) expect(std::isfinite(x), "every output is written");
+  return out;
+}
+
+int run() {
+  for (const int lanes : {1, 2, 5}) check_team(lanes);
+  const Case cases[] = {
+      {{1, 1, 70, 3}, {1, 600, 300, 257}, 9, 3, 64, 16},
+      {{1, 5}, {256, 512}, 6, 2, 14, 5},
+      {{2, 1}, {300, 40}, 50, 1, 8, 1},
+  };
+  for (const Case& c : cases) {
+    for (const CacheType type : {CacheType::kFP32, CacheType::kBF16, CacheType::kFP16}) {
+      expect(attend(c, type, 1) == attend(c, type, 3), "the bits do not depend on the lanes");
+    }
+  }
+  std::puts(isa_name(cpu_isa()));
+  return 0;
+}
+
+}  // namespace
+}  // namespace inferneo
+
+int main() { return inferneo::run(); }

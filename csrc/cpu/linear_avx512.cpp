@@ -1,0 +1,90 @@
+// Sixteen rows at a time: AVX512 with VNNI.
+#include "linear_task.h"
+
+#if defined(__x86_64__)
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // GCC 12's own _mm512_undefined_*
+#endif
+#include <immintrin.h>
+
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni"))), \
+                             apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")
+#endif
+
+namespace inferneo {
+namespace {
+
+struct Avx512 {
+  static constexpr int kRows = 16;
+  static constexpr int kTokens = 12;  // 32 registers: 12 tokens' integers and floats, and 8 at hand
+  static constexpr bool kSignedBytes = false;
+  using Floats = __m512;
+  using Ints = __m512i;
+
+  INFERNEO_INLINE static Floats zero() { return _mm512_setzero_ps(); }
+  INFERNEO_INLINE static Ints zero_ints() { return _mm512_setzero_si512(); }
+  INFERNEO_INLINE static Floats broadcast(const float* x) { return _mm512_set1_ps(*x); }
+  INFERNEO_INLINE static Ints broadcast(const int32_t* x) { return _mm512_set1_epi32(*x); }
+  INFERNEO_INLINE static Floats load_floats(const void* p) { return _mm512_loadu_ps(p); }
+  INFERNEO_INLINE static Ints load(const uint8_t* p) { return _mm512_loadu_si512(p); }
+  INFERNEO_INLINE static Floats halves(const uint8_t* p) {
+    return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+  }
+  INFERNEO_INLINE static Floats unsigned_bytes(const uint8_t* p) {
+    return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+  }
+  INFERNEO_INLINE static Floats signed_bytes(const uint8_t* p) {
+    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+  }
+  INFERNEO_INLINE static Floats low_bf16(Ints pairs) { return _mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16)); }
+  INFERNEO_INLINE static Floats high_bf16(Ints pairs) {
+    return _mm512_castsi512_ps(_mm512_and_si512(pairs, _mm512_set1_epi32(static_cast<int>(0xffff0000u))));
+  }
+  INFERNEO_INLINE static Floats add(Floats a, Floats b) { return _mm512_add_ps(a, b); }
+  INFERNEO_INLINE static Floats sub(Floats a, Floats b) { return _mm512_sub_ps(a, b); }
+  INFERNEO_INLINE static Ints sub(Ints a, Ints b) { return _mm512_sub_epi32(a, b); }
+  INFERNEO_INLINE static Floats mul(Floats a, Floats b) { return _mm512_mul_ps(a, b); }
+  INFERNEO_INLINE static Floats fma(Floats a, Floats b, Floats c) { return _mm512_fmadd_ps(a, b, c); }
+  INFERNEO_INLINE static Floats to_floats(Ints x) { return _mm512_cvtepi32_ps(x); }
+  template <int kBits>
+  INFERNEO_INLINE static Ints shift_left(Ints x) {
+    return _mm512_slli_epi32(x, kBits);
+  }
+  INFERNEO_INLINE static Ints low_nibbles(Ints codes) { return _mm512_and_si512(codes, _mm512_set1_epi8(15)); }
+  INFERNEO_INLINE static Ints high_nibbles(Ints codes) { return low_nibbles(_mm512_srli_epi16(codes, 4)); }
+  template <int kValue>
+  INFERNEO_INLINE static Ints add_where(Ints codes, uint64_t mask) {
+    return _mm512_mask_add_epi8(codes, mask, codes, _mm512_set1_epi8(kValue));
+  }
+  INFERNEO_INLINE static Ints dot(Ints sum, Ints codes, const int8_t* x) {
+    return _mm512_dpbusd_epi32(sum, codes, _mm512_set1_epi32(load_as<int32_t>(x)));
+  }
+  INFERNEO_INLINE static Ints dot_bytes(Ints sum, Ints codes, const int8_t* x) { return dot(sum, codes, x); }
+  INFERNEO_INLINE static void store(float* out, Floats x) { _mm512_storeu_ps(out, x); }
+  INFERNEO_INLINE static void prefetch(const uint8_t* p, int64_t bytes) {
+    for (int64_t i = 0; i < bytes; i += 64) _mm_prefetch(reinterpret_cast<const char*>(p + i), _MM_HINT_T1);
+  }
+};
+
+}  // namespace
+}  // namespace inferneo
+
+#include "linear_kernels.h"
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+
+namespace inferneo {
+
+extern const LinearKernels kAvx512Linear;
+const LinearKernels kAvx512Linear = kLinearKernels<Avx512>;
+
+}  // namespace inferneo
+#endif

@@ -1,0 +1,271 @@
+// The kernels of linear.h, once for all instruction sets. Each linear_<isa>.cpp includes this file inside the region it
+// compiles for its instructions, after defining the vector class V:
+//
+//   V::kRows                    rows of a group that one vector holds
+//   V::kTokens                  the most tokens that a tile keeps in registers; a multiple of kQuad
+//   V::kSignedBytes             dot_bytes takes the codes of 8 bits as signed; otherwise as unsigned
+//   V::Floats, V::Ints          kRows floats, kRows int32 (or 4 * kRows code bytes)
+//
+// Everything is fused multiply-adds in one order, so that every V gives the same bits.
+#include "linear_task.h"
+
+namespace inferneo {
+namespace {
+
+// A tree, for GCC adds up a plain loop over registers element by element.
+INFERNEO_INLINE uint32_t sum_of_16(const uint32_t* x) {
+  uint32_t eight[8], four[4];
+  for (int i = 0; i < 8; ++i) eight[i] = x[i] + x[8 + i];
+  for (int i = 0; i < 4; ++i) four[i] = eight[i] + eight[4 + i];
+  return (four[0] + four[2]) + (four[1] + four[3]);
+}
+
+// The loops over 32 columns have no branches, so that they vectorise; adding 1.5 * 2**23 rounds to nearest even.
+INFERNEO_INLINE void quantize_block(const float* x, QuantizedBlock& out, int token) {
+  constexpr float kRound = 12582912.0f;
+  constexpr uint32_t kSmallest = 0x0da24260;  // 1e-30f: below it, 127 / largest could overflow
+  uint32_t largest = 0;  // by bits, so that a NaN is the largest of all and spoils the block visibly
+  for (int i = 0; i < kBlockColumns; ++i) {
+    const uint32_t bits = float_bits(x[i]) & 0x7fffffffu;
+    largest = bits > largest ? bits : largest;
+  }
+  const bool is_zero = largest < kSmallest;
+  const float scale = is_zero ? 0.0f : bits_float(largest) / 127.0f;
+  const float inverse = is_zero ? 0.0f : 127.0f / bits_float(largest);
+  uint32_t codes[kBlockColumns];  // unsigned, for sums of what a NaN became may overflow
+  for (int i = 0; i < kBlockColumns; ++i) codes[i] = float_bits(x[i] * inverse + kRound) - float_bits(kRound);
+  const uint32_t head = sum_of_16(codes);
+  const uint32_t tail = sum_of_16(codes + 16);
+  for (int i = 0; i < kBlockColumns; ++i) out.codes[token][i] = static_cast<int8_t>(codes[i]);
+  out.scale[token] = scale;
+  out.sum[token] = scale * static_cast<float>(static_cast<int32_t>(head + tail));
+  out.negative_sum[token] = static_cast<int32_t>(-(head + tail));
+  out.negative_head[token] = static_cast<int32_t>(-head);
+}
+
+void quantize(const float* x, int64_t rows, int64_t columns, QuantizedBlock* out, Lane lane) {
+  const int64_t blocks = columns / kBlockColumns;
+  const int64_t quads = (rows + kQuad - 1) / kQuad;
+  for (int64_t quad = quads * lane.index / lane.count; quad < quads * (lane.index + 1) / lane.count; ++quad) {
+    for (int64_t block = 0; block < blocks; ++block) {
+      QuantizedBlock& place = out[quad * blocks + block];
+      for (int token = 0; token < kQuad; ++token) {
+        const int64_t row = quad * kQuad + token;
+        if (row < rows) {
+          quantize_block(x + row * columns + block * kBlockColumns, place, token);
+        } else if (rows > 1) {  // one row alone is multiplied alone
+          clear_token(place, token);
+        }
+      }
+    }
+  }
+}
+
+template <class V>
+struct Scales {
+  typename V::Floats d,
+      m;  // m: the minimum (kAffine, kSuperAffine), or the scale of the last 16 columns (kSuperHalves)
+};
+
+// Of block `nth` of a unit.
+template <class V, Format F>
+INFERNEO_INLINE Scales<V> block_scales(const uint8_t* unit, int nth, int first) {
+  constexpr Scaling kScaling = traits(F).scaling;
+  const auto d = V::halves(unit + (kScaling == Scaling::kSymmetric ? 32 * nth : 0) + 2 * first);
+  const uint8_t* small = unit + 64 + 32 * nth + first;
+  if constexpr (kScaling == Scaling::kSymmetric) {
+    return {d, d};
+  } else if constexpr (kScaling == Scaling::kAffine) {
+    return {d, V::halves(unit + 32 + 2 * first)};
+  } else if constexpr (kScaling == Scaling::kSuperAffine) {
+    const auto minimum = V::mul(V::halves(unit + 32 + 2 * first), V::unsigned_bytes(small + 16));
+    return {V::mul(d, V::unsigned_bytes(small)), V::sub(V::zero(), minimum)};
+  } else {
+    return {V::mul(d, V::signed_bytes(small)), V::mul(d, V::signed_bytes(small + 16))};
+  }
+}
+
+// The codes of columns 4 * j to 4 * j + 3 (below 8 bits).
+template <class V, Format F>
+INFERNEO_INLINE typename V::Ints with_high_bits(typename V::Ints codes, const uint8_t* block_codes, int j, int first) {
+  constexpr int kBits = traits(F).bits;
+  if constexpr (kBits >= 5)
+    codes = V::template add_where<16>(codes, load_as<uint64_t>(block_codes + 256 + 8 * j) >> 4 * first);
+  if constexpr (kBits >= 6)
+    codes = V::template add_where<32>(codes, load_as<uint64_t>(block_codes + 320 + 8 * j) >> 4 * first);
+  return codes;
+}
+
+// Block `nth` of a unit, V::kRows rows from row `first` on, added to the sums of T tokens.
+template <class V, Format F, int T>
+INFERNEO_INLINE void add_block(const uint8_t* unit, int nth, int first, const QuantizedBlock* acts, int64_t quad_step,
+                               typename V::Floats (&sum)[T]) {
+  constexpr FormatTraits f = traits(F);
+  constexpr bool kHalves = f.scaling == Scaling::kSuperHalves;
+  constexpr bool kMinimum = f.scaling == Scaling::kAffine || f.scaling == Scaling::kSuperAffine;
+  constexpr int kOffsetBits = f.bits == 8 && V::kSignedBytes ? 0 : f.offset_bits;
+  const auto act = [&](int t) -> const QuantizedBlock& { return acts[t / kQuad * quad_step]; };
+  typename V::Ints head[T];
+  typename V::Ints tail[kHalves ? T : 1];
+  for (int t = 0; t < T; ++t) {
+    if constexpr (kOffsetBits == 0) {
+      head[t] = V::zero_ints();
+    } else {
+      const auto total = V::broadcast(&act(t).negative_sum[t % kQuad]);
+      if constexpr (kHalves) {
+        const auto part = V::broadcast(&act(t).negative_head[t % kQuad]);
+        head[t] = V::template shift_left<kOffsetBits>(part);
+        tail[t] = V::template shift_left<kOffsetBits>(V::sub(total, part));
+      } else {
+        head[t] = V::template shift_left<kOffsetBits>(total);
+      }
+    }
+  }
+  const uint8_t* codes = unit + scale_bytes(F) + nth * code_bytes(F);
+  const uint8_t* vectors = codes + 4 * first;
+  if constexpr (f.bits == 8) {
+    INFERNEO_UNROLL
+    for (int j = 0; j < 8; ++j) {
+      const auto vector = V::load(vectors + 64 * j);
+      for (int t = 0; t < T; ++t) head[t] = V::dot_bytes(head[t], vector, &act(t).codes[t % kQuad][4 * j]);
+    }
+  } else {
+    auto* last = kHalves ? tail : head;  // the sums that the last 16 columns belong to
+    INFERNEO_UNROLL
+    for (int j = 0; j < 4; ++j) {
+      const auto packed = V::load(vectors + 64 * j);
+      const auto low = with_high_bits<V, F>(V::low_nibbles(packed), codes, j, first);
+      for (int t = 0; t < T; ++t) head[t] = V::dot(head[t], low, &act(t).codes[t % kQuad][4 * j]);
+      const auto high = with_high_bits<V, F>(V::high_nibbles(packed), codes, j + 4, first);
+      for (int t = 0; t < T; ++t) last[t] = V::dot(last[t], high, &act(t).codes[t % kQuad][16 + 4 * j]);
+    }
+  }
+  const Scales<V> scales = block_scales<V, F>(unit, nth, first);
+  for (int t = 0; t < T; ++t) {
+    const auto scale = V::broadcast(&act(t).scale[t % kQuad]);
+    sum[t] = V::fma(V::to_floats(head[t]), V::mul(scales.d, scale), sum[t]);
+    if constexpr (kMinimum) sum[t] = V::fma(scales.m, V::broadcast(&act(t).sum[t % kQuad]), sum[t]);
+    if constexpr (kHalves) sum[t] = V::fma(V::to_floats(tail[t]), V::mul(scales.m, scale), sum[t]);
+  }
+}
+
+// sum[t] = the products of V::kRows rows, from row `first` of the group, with T tokens.
+template <class V, Format F, int T>
+INFERNEO_INLINE void quantised_tile(const uint8_t* unit, int64_t columns, int first, const QuantizedBlock* quads,
+                                    typename V::Floats (&sum)[T]) {
+  constexpr int kBlocks = unit_blocks(F);
+  constexpr int64_t kAhead = T == 1 ? kPrefetchNear : kPrefetchFar;
+  const int64_t blocks = columns / kBlockColumns;
+  for (int t = 0; t < T; ++t) sum[t] = V::zero();
+  for (int64_t b = 0; b < blocks; unit += scale_bytes(F) + kBlocks * code_bytes(F)) {
+    V::prefetch(unit + kAhead, scale_bytes(F));
+#pragma GCC unroll 1
+    for (int nth = 0; nth < kBlocks && b < blocks; ++nth, ++b) {
+      V::prefetch(unit + scale_bytes(F) + nth * code_bytes(F) + kAhead, code_bytes(F));
+      add_block<V, F, T>(unit, nth, first, quads + b, blocks, sum);
+    }
+  }
+}
+
+// The same for dense formats: even columns and odd ones are summed apart, each in ascending order.
+template <class V, Format F, int T>
+INFERNEO_INLINE void dense_tile(const uint8_t* pair, int64_t columns, int first, const float* quads,
+                                typename V::Floats (&sum)[T]) {
+  constexpr int64_t kPairBytes = 2 * kGroupRows * (traits(F).bits / 8);
+  constexpr int64_t kAhead = T == 1 ? kPrefetchNear : kPrefetchFar;
+  const int64_t padded = round_up(columns, 2);
+  typename V::Floats odd[T];
+  for (int t = 0; t < T; ++t) sum[t] = odd[t] = V::zero();
+  for (int64_t k = 0; k < padded; k += 2, pair += kPairBytes) {
+    V::prefetch(pair + kAhead, kPairBytes);
+    typename V::Floats even_weights, odd_weights;
+    if constexpr (F == Format::kFP32) {
+      even_weights = V::load_floats(pair + 4 * first);
+      odd_weights = V::load_floats(pair + 64 + 4 * first);
+    } else if constexpr (F == Format::kFP16) {
+      even_weights = V::halves(pair + 2 * first);
+      odd_weights = V::halves(pair + 32 + 2 * first);
+    } else {
+      const auto both = V::load(pair + 4 * first);
+      even_weights = V::low_bf16(both);
+      odd_weights = V::high_bf16(both);
+    }
+    for (int t = 0; t < T; ++t) {
+      const float* x = quads + (t / kQuad * padded + k) * kQuad + t % kQuad;
+      sum[t] = V::fma(even_weights, V::broadcast(x), sum[t]);
+      odd[t] = V::fma(odd_weights, V::broadcast(x + kQuad), odd[t]);
+    }
+  }
+  for (int t = 0; t < T; ++t) sum[t] = V::add(sum[t], odd[t]);
+}
+
+template <class V>
+INFERNEO_INLINE void put_rows(const RowsTask& task, int64_t token, int64_t row, typename V::Floats y) {
+  if (row < task.row_begin || row + V::kRows > task.row_end) {
+    float values[V::kRows];
+    V::store(values, y);
+    put_some_rows(task, token, row, V::kRows, values);
+    return;
+  }
+  const int64_t place = token * task.stride + row;
+  if (task.bias != nullptr) y = V::add(y, V::load_floats(task.bias + row));
+  if (task.residual != nullptr) y = V::add(V::load_floats(task.residual + place), y);
+  V::store(task.out + place, y);
+}
+
+template <class V, Format F, int T>
+INFERNEO_INLINE void tile(const RowsTask& task, int64_t group, int first, int64_t token) {
+  typename V::Floats sum[T];
+  const uint8_t* bytes = task.groups + group * group_bytes(F, task.columns);
+  if constexpr (is_dense(F)) {
+    dense_tile<V, F, T>(bytes, task.columns, first, task.floats + token * round_up(task.columns, 2), sum);
+  } else {
+    const QuantizedBlock* quads = task.quantized + token / kQuad * (task.columns / kBlockColumns);
+    quantised_tile<V, F, T>(bytes, task.columns, first, quads, sum);
+  }
+  for (int t = 0; t < T && token + t < task.num_tokens; ++t) {
+    put_rows<V>(task, token + t, group * kGroupRows + first, sum[t]);
+  }
+}
+
+// A slab of tokens, whose activations stay in the cache while the weights pass by once.
+template <class V, Format F>
+INFERNEO_INLINE void slab(const RowsTask& task, int64_t begin, int64_t end) {
+  for (int64_t group = task.row_begin / kGroupRows; group * kGroupRows < task.row_end; ++group) {
+    for (int first = 0; first < kGroupRows; first += V::kRows) {
+      if (task.num_tokens == 1) {
+        tile<V, F, 1>(task, group, first, 0);
+        continue;
+      }
+      for (int64_t token = begin; token < end;) {
+        const int count = next_tile(end - token, V::kTokens);
+        if constexpr (V::kTokens >= 12) {
+          if (count == 12) tile<V, F, 12>(task, group, first, token);
+        }
+        if constexpr (V::kTokens >= 8) {
+          if (count == 8) tile<V, F, 8>(task, group, first, token);
+        }
+        if (count == 4) tile<V, F, 4>(task, group, first, token);
+        token += count;
+      }
+    }
+  }
+}
+
+template <class V, Format F>
+void rows(const RowsTask& task) {
+  const int64_t step = slab_tokens(task);
+  for (int64_t begin = 0; begin < task.num_tokens; begin += step) {
+    slab<V, F>(task, begin, begin + step < task.num_tokens ? begin + step : task.num_tokens);
+  }
+}
+
+template <class V>
+constexpr LinearKernels kLinearKernels = {
+    quantize,
+    {rows<V, Format::kQ4_0>, rows<V, Format::kQ4_1>, rows<V, Format::kQ5_0>, rows<V, Format::kQ5_1>,
+     rows<V, Format::kQ8_0>, rows<V, Format::kQ4_K>, rows<V, Format::kQ5_K>, rows<V, Format::kQ6_K>,
+     rows<V, Format::kBF16>, rows<V, Format::kFP16>, rows<V, Format::kFP32>}};
+
+}  // namespace
+}  // namespace inferneo

@@ -1,0 +1,104 @@
+// The verbs as nodes of a tape; inferneo_core/ops/base.py says what each one computes.
+//
+// Pointers are to memory that the tape's owner keeps alive: packed weights, norms, the RoPE table, the cache.
+#pragma once
+
+#include "tape.h"
+
+namespace inferneo {
+
+class EmbedNode : public Node {
+ public:
+  explicit EmbedNode(const PackedLinear& weight) : weight_(weight) {}
+  void run(const Frame& frame, int64_t index, Lane lane) const override;
+
+ private:
+  const PackedLinear& weight_;
+};
+
+// A product that may have a norm in front: what the nodes with weights share.
+//
+// One token's activations are prepared by every lane for itself, which costs less than waiting for one another; those
+// of several are prepared together.
+class ProductNode : public Node {
+ public:
+  ProductNode(const PackedLinear& weight, const float* norm_weight, float eps)
+      : weight_(weight), norm_weight_(norm_weight), eps_(eps) {}
+  int64_t shared_bytes(const StepInput& step) const override;
+  int64_t lane_bytes(const StepInput& step) const override;
+
+ protected:
+  // How many rows of activations a step has for this product.
+  virtual int64_t num_rows(const StepInput& step) const { return step.num_tokens; }
+  // The normed, prepared activations. rows: which of x's rows, or null for the first num_rows.
+  const void* prepare(const Frame& frame, const float* x, const int64_t* rows, Lane lane) const;
+  // Bytes of scratch memory that prepare needs; the rest of lane_bytes lies behind them.
+  int64_t prepare_bytes(int64_t rows) const;
+  void multiply(const Frame& frame, const void* prepared, int64_t begin, int64_t end, float* out, int64_t stride,
+                const float* residual = nullptr) const;
+
+  const PackedLinear& weight_;
+
+ private:
+  const float* norm_weight_;  // null: no norm
+  const float eps_;
+};
+
+class QkvRopeStoreNode : public ProductNode {
+ public:
+  QkvRopeStoreNode(const PackedLinear& weight, const float* norm_weight, float eps, const float* rope,
+                   const CacheView& cache)
+      : ProductNode(weight, norm_weight, eps), rope_(rope), cache_(cache) {}
+  void run(const Frame& frame, int64_t index, Lane lane) const override;
+  int64_t shared_bytes(const StepInput& step) const override;
+
+  int64_t num_heads() const { return weight_.out_features / cache_.head_dim - 2 * cache_.num_kv_heads; }
+
+ private:
+  void store(const Frame& frame, const float* kv, int64_t begin, int64_t end) const;
+
+  const float* rope_;  // [max_model_len, head_dim]
+  const CacheView cache_;
+};
+
+class AttentionNode : public Node {
+ public:
+  AttentionNode(int64_t num_heads, const CacheView& cache) : num_heads_(num_heads), cache_(cache) {}
+  void run(const Frame& frame, int64_t index, Lane lane) const override;
+  int64_t shared_bytes(const StepInput& step) const override;
+  int64_t lane_bytes(const StepInput& step) const override;
+
+ private:
+  const int64_t num_heads_;
+  const CacheView cache_;
+};
+
+// inputs: x, and the residual if there is one.
+class LinearAddNode : public ProductNode {
+ public:
+  explicit LinearAddNode(const PackedLinear& weight) : ProductNode(weight, nullptr, 0.0f) {}
+  void run(const Frame& frame, int64_t index, Lane lane) const override;
+};
+
+class GateUpSiluNode : public ProductNode {
+ public:
+  using ProductNode::ProductNode;
+  void run(const Frame& frame, int64_t index, Lane lane) const override;
+  int64_t lane_bytes(const StepInput& step) const override;
+
+ private:
+  // Rows of gate, and as many of up, that are computed before they are combined: their products stay in the cache.
+  int64_t rows_at_once(int64_t num_tokens) const;
+};
+
+// Gives [num_rows, vocab_size]: the rows of x that StepInput.rows names.
+class LmHeadNode : public ProductNode {
+ public:
+  using ProductNode::ProductNode;
+  void run(const Frame& frame, int64_t index, Lane lane) const override;
+
+ protected:
+  int64_t num_rows(const StepInput& step) const override { return step.num_rows; }
+};
+
+}  // namespace inferneo

@@ -1,0 +1,69 @@
+// What an instruction set has to offer beside matrix products: attention, and the small passes over a token's row.
+//
+// The kernels are written once, over a vector of kLanes floats (simd.h), and compiled for each instruction set
+// (row_kernels_*.cpp). Their results do not depend on how tokens are batched, chunked or shared among threads; sums
+// over a row go by vector lanes, so different instruction sets may differ in the last bits.
+#pragma once
+
+#include <cstdint>
+
+#include "../passes.h"
+
+namespace inferneo {
+
+enum class CacheType { kFP32, kBF16, kFP16 };
+
+inline int64_t cache_type_bytes(CacheType type) { return type == CacheType::kFP32 ? 4 : 2; }
+
+constexpr int64_t kKeyChunk = 256;  // keys under one softmax; partial results of chunks are merged in ascending order
+constexpr int64_t kKeyTile = 64;    // keys that are brought into fp32 at once
+constexpr int64_t kRowTile = 48;    // query rows (tokens * heads of one KV head) that share them
+
+// Some query rows of one KV head against one chunk of keys.
+struct AttentionTile {
+  const void* const* keys;       // [num_keys]: where each key of the chunk lies, head_dim elements of the cache type
+  const void* const* values;     // [num_keys]
+  const void* const* next_keys;  // [num_next_keys]: keys of the next chunk, to be fetched from memory meanwhile
+  int64_t num_keys;              // in [1, kKeyChunk]
+  int64_t num_next_keys;         // at most kKeyTile
+  int64_t num_rows;              // in [1, kRowTile]
+  int64_t head_dim;
+  const float* queries;     // [num_rows, head_dim], scaled
+  const int64_t* row_keys;  // [num_rows]: how many keys of the chunk a row sees, at most num_keys; 0: none
+};
+
+// A softmax in progress: sums of exp(score - largest) and of exp(score - largest) * value. Rows that saw no key are not
+// written.
+struct AttentionState {
+  float* largest;  // [num_rows]
+  float* sum;      // [num_rows]
+  float* values;   // [num_rows, stride]
+  int64_t stride;
+};
+
+struct RowKernels {
+  // state = this chunk's part alone. scratch: attention_scratch(head_dim) floats, 64-byte aligned.
+  void (*attend[3])(const AttentionTile& tile, const AttentionState& state, float* scratch);
+  // One row of a state takes in the part of a later chunk.
+  void (*merge)(float& largest, float& sum, float* values, float part_largest, float part_sum, const float* part_values,
+                int64_t head_dim);
+  // out = x * factor.
+  void (*scale)(const float* x, float factor, int64_t count, float* out);
+  // out = x / rms(x) * weight.
+  void (*rms_norm)(const float* x, const float* weight, float eps, int64_t count, float* out);
+  // Rotate-half RoPE of one head in place. cos_sin: [head_dim], the cosines, then the sines.
+  void (*rotate)(float* head, const float* cos_sin, int64_t head_dim);
+  // gate = SiLU(gate) * up.
+  void (*silu_mul)(float* gate, const float* up, int64_t count);
+  // fp32 into the cache's type, rounded to nearest even.
+  void (*store[3])(const float* x, int64_t count, void* out);
+};
+
+inline int64_t attention_scratch(int64_t head_dim) {
+  const int64_t padded = (head_dim + 15) / 16 * 16;
+  return kRowTile * kKeyChunk + kKeyTile * padded;
+}
+
+const RowKernels& row_kernels(Isa isa);
+
+}  // namespace inferneo

@@ -1,0 +1,21 @@
+// row_kernels.h for the compiler's baseline.
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <type_traits>
+#include <utility>
+
+#include "half.h"
+#include "row_kernels.h"
+
+#define INFERNEO_LANES 4
+namespace inferneo {
+namespace scalar {
+namespace {
+#include "row_kernels_impl.h"
+}  // namespace
+
+const RowKernels& row_kernels() { return kRowKernels; }
+
+}  // namespace scalar
+}  // namespace inferneo

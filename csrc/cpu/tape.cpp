@@ -1,0 +1,112 @@
+#include "tape.h"
+
+#include <algorithm>
+#include <cstdlib>
+#include <new>
+
+namespace inferneo {
+namespace {
+
+constexpr int64_t kAlignment = 128;
+
+}  // namespace
+
+void Arena::Free::operator()(std::byte* bytes) const { std::free(bytes); }
+
+std::byte* Arena::reserve(int64_t bytes) {
+  if (bytes > size_) {
+    bytes_.reset();
+    size_ = 0;
+    const int64_t rounded = round_up(bytes, kAlignment);
+    bytes_.reset(static_cast<std::byte*>(std::aligned_alloc(kAlignment, rounded)));
+    if (bytes_ == nullptr) throw std::bad_alloc();
+    size_ = rounded;
+  }
+  return bytes_.get();
+}
+
+int64_t Node::shared_bytes(const StepInput&) const { return 0; }
+int64_t Node::lane_bytes(const StepInput&) const { return 0; }
+
+int Tape::add_input(int64_t width) {
+  inputs_.push_back(static_cast<int>(values_.size()));
+  values_.push_back({width, -1});
+  return inputs_.back();
+}
+
+int Tape::add_node(std::unique_ptr<Node> node, int64_t width) {
+  node->output = static_cast<int>(values_.size());
+  values_.push_back({width, -1});
+  nodes_.push_back(std::move(node));
+  has_slots_ = false;
+  return nodes_.back()->output;
+}
+
+// Gives every value but the last a slot, in the order of their making, each from those that are free by then.
+void Tape::assign_slots() {
+  std::vector<int64_t> last_reader(values_.size(), -1);
+  for (int64_t i = 0; i < num_nodes(); ++i) {
+    for (const int value : nodes_[i]->inputs) last_reader[value] = i;
+  }
+  slot_widths_.clear();
+  std::vector<int> free_slots;
+  for (int64_t i = 0; i + 1 < num_nodes(); ++i) {
+    const Node& node = *nodes_[i];
+    Value& output = values_[node.output];
+    const bool replaces = node.replaces >= 0 && values_[node.replaces].slot >= 0 && last_reader[node.replaces] == i;
+    const auto fitting = std::find_if(free_slots.begin(), free_slots.end(),
+                                      [&](int slot) { return slot_widths_[slot] == output.width; });
+    if (replaces) {
+      output.slot = values_[node.replaces].slot;
+    } else if (fitting != free_slots.end()) {
+      output.slot = *fitting;
+      free_slots.erase(fitting);
+    } else {
+      output.slot = static_cast<int>(slot_widths_.size());
+      slot_widths_.push_back(output.width);
+    }
+    for (const int value : node.inputs) {
+      if (last_reader[value] != i || values_[value].slot < 0 || (replaces && value == node.replaces)) continue;
+      free_slots.push_back(values_[value].slot);
+      last_reader[value] = -1;  // a value that is read twice here is freed once
+    }
+  }
+  addresses_.resize(values_.size());
+  tickets_ = std::make_unique<std::atomic<int64_t>[]>(nodes_.size());
+  has_slots_ = true;
+}
+
+void Tape::replay(Team& team, Isa isa, const StepInput& step, float* const* inputs, float* output) {
+  if (!has_slots_) assign_slots();
+  int64_t shared = 0, each = 0, bytes = 0;
+  for (const auto& node : nodes_) {
+    shared = std::max(shared, round_up(node->shared_bytes(step), kAlignment));
+    each = std::max(each, round_up(node->lane_bytes(step), kAlignment));
+  }
+  slot_starts_.clear();
+  for (const int64_t width : slot_widths_) {
+    slot_starts_.push_back(bytes);
+    bytes += round_up(step.num_tokens * width * static_cast<int64_t>(sizeof(float)), kAlignment);
+  }
+  std::byte* const base = arena_.reserve(bytes + shared + team.count() * each);
+  for (size_t value = 0; value < values_.size(); ++value) {
+    const int slot = values_[value].slot;
+    addresses_[value] = slot < 0 ? nullptr : reinterpret_cast<float*>(base + slot_starts_[slot]);
+  }
+  for (size_t i = 0; i < inputs_.size(); ++i) addresses_[inputs_[i]] = inputs[i];
+  addresses_.back() = output;
+  scratch_.resize(team.count());
+  for (int lane = 0; lane < team.count(); ++lane) scratch_[lane] = base + bytes + shared + lane * each;
+  for (int64_t i = 0; i < num_nodes(); ++i) tickets_[i] = 0;
+
+  const Frame frame{team,         linear_kernels(isa), row_kernels(isa), step, addresses_.data(),
+                    base + bytes, scratch_.data(),     tickets_.get()};
+  team.run([&](Lane lane) {
+    for (int64_t i = 0; i < num_nodes(); ++i) {
+      nodes_[i]->run(frame, i, lane);
+      if (i + 1 < num_nodes()) team.barrier(lane);  // the end of the task is a barrier, too
+    }
+  });
+}
+
+}  // namespace inferneo

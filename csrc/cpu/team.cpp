@@ -1,0 +1,127 @@
+#include "team.h"
+
+#include <sched.h>
+#include <unistd.h>
+
+#if defined(__linux__)
+#include <linux/futex.h>
+#include <sys/syscall.h>
+#endif
+
+namespace inferneo {
+namespace {
+
+constexpr int kSpins = 1000;  // some 15 us: a barrier's wait while every lane has a core of its own
+constexpr int kYields =
+    200;  // some 100 us, longer than the host works between two steps, open to a lane without a core
+
+inline void pause() {
+#if defined(__x86_64__)
+  __builtin_ia32_pause();
+#elif defined(__aarch64__)
+  asm volatile("yield");
+#endif
+}
+
+void sleep_while(std::atomic<uint32_t>& value, uint32_t old) {
+#if defined(__linux__)
+  syscall(SYS_futex, &value, FUTEX_WAIT_PRIVATE, old, nullptr, nullptr, 0);
+#else
+  value.wait(old);
+#endif
+}
+
+void wake_all(std::atomic<uint32_t>& value) {
+#if defined(__linux__)
+  syscall(SYS_futex, &value, FUTEX_WAKE_PRIVATE, INT32_MAX, nullptr, nullptr, 0);
+#else
+  value.notify_all();
+#endif
+}
+
+}  // namespace
+
+Team::Team(int count) : count_(count) { start(); }
+
+Team::~Team() {
+  if (owner_ != getpid()) {  // a fork's copy: the workers exist in the parent only
+    for (std::thread& worker : workers_) worker.detach();
+    return;
+  }
+  stopping_ = true;
+  tasks_.advance();
+  for (std::thread& worker : workers_) worker.join();
+}
+
+void Team::start() {
+  owner_ = getpid();
+  for (std::thread& worker : workers_) worker.detach();
+  workers_.clear();
+  arrivals_ = std::make_unique<Counter[]>(count_);
+  tasks_.num_sleeping = 0;
+  const uint32_t seen = tasks_.value;
+  for (int index = 1; index < count_; ++index) workers_.emplace_back(&Team::work, this, index, seen);
+}
+
+void Team::run(void (*task)(void* context, Lane lane), void* context) {
+  if (count_ == 1) return task(context, {0, 1});
+  const std::lock_guard<std::mutex> turn(turn_);
+  if (owner_ != getpid()) start();  // forked: the child needs workers of its own
+  task_ = task;
+  context_ = context;
+  tasks_.advance();
+  task(context, {0, count_});
+  barrier({0, count_});
+}
+
+Threads Team::threads() {
+  const auto run_lanes = [](void* team, int lanes, void (*task)(void* context, int lane), void* context) {
+    static_cast<Team*>(team)->run([=](Lane lane) {
+      if (lane.index < lanes) task(context, lane.index);
+    });
+  };
+  return {count_, run_lanes, this};
+}
+
+void Team::work(int index, uint32_t seen) {
+  while (true) {
+    tasks_.await(++seen);
+    if (stopping_) return;
+    task_(context_, {index, count_});
+    barrier({index, count_});
+  }
+}
+
+// Every lane moves its own counter and watches the others': one transfer of a cache line where a shared one has two.
+void Team::barrier(Lane lane) {
+  if (lane.count == 1) return;
+  const uint32_t mine = arrivals_[lane.index].value.load(std::memory_order_relaxed) + 1;
+  arrivals_[lane.index].advance();
+  for (int other = 0; other < lane.count; ++other) {
+    if (other != lane.index) arrivals_[other].await(mine);
+  }
+}
+
+void Team::Counter::advance() {
+  value.fetch_add(1, std::memory_order_seq_cst);
+  if (num_sleeping.load(std::memory_order_seq_cst) > 0) wake_all(value);
+}
+
+void Team::Counter::await(uint32_t wanted) {
+  const auto is_there = [&] { return static_cast<int32_t>(value.load(std::memory_order_seq_cst) - wanted) >= 0; };
+  for (int spins = 0; spins < kSpins + kYields; ++spins) {
+    if (is_there()) return;
+    if (spins < kSpins) {
+      pause();
+    } else {
+      sched_yield();
+    }
+  }
+  num_sleeping.fetch_add(1, std::memory_order_seq_cst);
+  for (uint32_t now = value; !is_there(); now = value) {
+    if (static_cast<int32_t>(now - wanted) < 0) sleep_while(value, now);
+  }
+  num_sleeping.fetch_sub(1, std::memory_order_seq_cst);
+}
+
+}  // namespace inferneo

@@ -1,0 +1,221 @@
+"""The CPU graph: one tape for every step, the same bits however the work is cut, and a team that rests when idle."""
+
+from __future__ import annotations
+
+import gc
+import os
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from inferneo_core import Completion, Engine, SamplingParams
+from inferneo_core.batch import AttentionMetadata, ModelInput
+from inferneo_core.cpu_graph import CpuGraph
+from inferneo_core.errors import ConfigError, ShapeError
+from inferneo_core.ops.base import CacheLayer, Linear, Norm, Segment
+from inferneo_core.ops.cpu_ops import CpuOps, available_cores
+from inferneo_core.ops.cpu_tape import TapeRecorder
+
+PROMPTS = [[5, 80, 200, 13, 7], list(range(40, 140)), [1], [9, 9, 8, 7] * 6]
+PARAMS = SamplingParams(max_tokens=12, seed=3, ignore_eos=True, logprobs=3, top_p=0.95)
+WEIGHTS: dict[str, dict[str, Any]] = {
+    "fp32": {},
+    "bf16": {"dtype": torch.bfloat16, "tie_word_embeddings": True},
+    "biases": {"attention_bias": True, "mlp_bias": True, "head_dim": 14},
+}
+
+
+def bits(completions: list[Completion]) -> list[Any]:
+    return [(completion.token_ids, completion.logprobs) for completion in completions]
+
+
+@pytest.mark.parametrize("weights", WEIGHTS)
+def test_tape_gives_the_bits_of_the_verbs(weights: str, tiny_model: Any, tiny_engine: Any) -> None:
+    model = tiny_model(**WEIGHTS[weights])
+    expected = tiny_engine(model)
+    expected._runner._tape = None
+    assert bits(tiny_engine(model).generate(PROMPTS, PARAMS)) == bits(expected.generate(PROMPTS, PARAMS))
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"max_num_batched_tokens": 1},
+        {"max_num_batched_tokens": 7},
+        {"max_num_seqs": 1},
+        {"num_threads": 2},
+        {"num_threads": 5},
+        {"block_size": 3},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("weights", WEIGHTS)
+def test_bits_do_not_depend_on_the_cut(
+    weights: str, arguments: dict[str, Any], tiny_model: Any, tiny_engine: Any
+) -> None:
+    model = tiny_model(**WEIGHTS[weights])
+    expected = bits(tiny_engine(model).generate(PROMPTS, PARAMS))
+    assert bits(tiny_engine(model, **arguments).generate(PROMPTS, PARAMS)) == expected
+
+
+def test_bits_do_not_depend_on_a_prefix_hit(tiny_engine: Any) -> None:
+    engine = tiny_engine(block_size=4)
+    first, again = (bits(engine.generate(PROMPTS, PARAMS)) for _ in range(2))
+    assert engine.stats().prefix_hit_tokens > 100
+    assert first == again
+
+
+@pytest.mark.slow
+def test_default_model_gives_the_same_bits_for_any_cut(default_model: Path) -> None:
+    """Quantised weights: decode, small batches and prefill run different kernels over the same sums."""
+    prompts = [list(range(1000, 1000 + length)) for length in (1, 5, 33, 300)]
+    results = []
+    for arguments in ({}, {"max_num_batched_tokens": 3, "num_threads": 1}, {"max_num_seqs": 1, "num_threads": 3}):
+        with Engine(default_model, kv_cache_memory=2**26, max_model_len=512, **arguments) as engine:
+            results.append(bits(engine.generate(prompts, PARAMS)))
+    assert results[0] == results[1] == results[2]
+
+
+def tiny_graph(engine: Engine) -> CpuGraph:
+    graph = engine._runner._tape
+    assert graph is not None
+    return graph
+
+
+def one_token(**changes: Any) -> ModelInput:
+    """A decode step of one sequence, in block 0."""
+    fields = {"token_ids": 5, "positions": 2, "slot_mapping": 2, "rows": 0, "seq_len": 3, "block": 0, **changes}
+    ids = {name: torch.tensor([fields[name]]) for name in ("token_ids", "positions", "slot_mapping", "rows")}
+    starts, lens = torch.tensor([0, 1]).int(), torch.tensor([fields["seq_len"]]).int()
+    attention = AttentionMetadata(starts, lens, torch.tensor([[fields["block"]]]).int(), 1, fields["seq_len"])
+    return ModelInput(ids["token_ids"], ids["positions"], ids["slot_mapping"], attention, ids["rows"])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"token_ids": 263}, r"token_ids\[0\] is 263; it is in \[0, 263\)"),
+        ({"token_ids": -1}, r"token_ids\[0\] is -1"),
+        ({"positions": 512}, r"positions\[0\] is 512; it is in \[0, 512\)"),
+        ({"slot_mapping": 10**9}, r"slot_mapping\[0\] is 1000000000"),
+        ({"slot_mapping": -1}, r"slot_mapping\[0\] is -1"),
+        ({"rows": 1}, r"rows\[0\] is 1; it is in \[0, 1\)"),
+        ({"block": 10**6}, r"block_tables\[0\]\[0\] is 1000000"),
+        ({"seq_len": 17}, r"sequence 0 has 17 tokens; its block table has room for 16"),
+        ({}, "a step that samples needs floats and ints"),
+    ],
+)
+def test_step_refuses_what_would_lead_astray(changes: dict[str, int], message: str, tiny_engine: Any) -> None:
+    with pytest.raises(ShapeError, match=message):
+        tiny_graph(tiny_engine()).launch(one_token(**changes), None)
+
+
+def test_tape_refuses_what_was_not_prepared() -> None:
+    ops, raw = CpuOps(1), Linear((Segment(torch.randn(40, 48)),), 48)
+    with pytest.raises(ShapeError, match="prepare"):
+        ops.linear_add(torch.randn(3, 48), raw, None)
+    with pytest.raises(ShapeError, match="prepare"):
+        ops.linear_add(torch.randn(3, 48), raw.with_data(torch.zeros(40, 48, dtype=torch.uint8), None), None)
+
+
+def test_tape_refuses_a_cache_it_cannot_read() -> None:
+    ops, norm = CpuOps(1), Norm(torch.ones(48), 1e-5)
+    weight = ops.prepare(Linear((Segment(torch.randn(3 * 8, 48)),), 48))
+    ids, rope, x = torch.arange(2), torch.zeros(9, 8), torch.randn(2, 48)
+    for k, v, message in (
+        (torch.zeros(2, 1, 4, 8).int(), torch.zeros(2, 1, 4, 8).int(), "the cache has dtype Int"),
+        (torch.zeros(2, 1, 4, 8), torch.zeros(2, 1, 4, 8).half(), "of one dtype"),
+        (torch.zeros(2, 1, 4, 8), torch.zeros(3, 1, 4, 8), "differ in dimension 0"),
+        (torch.zeros(2, 1, 8, 8)[:, :, ::2], torch.zeros(2, 1, 8, 8)[:, :, ::2], "contiguous"),
+    ):
+        with pytest.raises(ShapeError, match=message):
+            ops.qkv_rope_store(x, norm, weight, ids, rope, CacheLayer(k, v), ids)
+
+
+def test_tape_runs_for_any_number_of_tokens() -> None:
+    """Values take over one another's memory; whatever a longer run left there is not read."""
+    ops, norm = CpuOps(2), Norm(torch.rand(48) + 0.5, 1e-5)
+    generator = torch.Generator().manual_seed(2)
+    wide = ops.prepare(Linear((Segment(torch.randn(2 * 80, 48, generator=generator)),), 48))
+    narrow = ops.prepare(Linear((Segment(torch.randn(48, 80, generator=generator) / 9),), 80))
+    for num_tokens in (1, 300, 2, 65):
+        x = torch.randn(num_tokens, 48, generator=generator)
+        tape, expected = TapeRecorder(), x
+        value = tape.input(x)
+        for _ in range(3):
+            value = tape.linear_add(tape.gate_up_silu(value, norm, wide), narrow, value)
+            expected = ops.linear_add(ops.gate_up_silu(expected, norm, wide), narrow, expected)
+        assert torch.equal(tape.run(ops.team), expected)
+
+
+def worker_states(known: set[str]) -> dict[str, str]:
+    """The state letter of each thread of this process that is not known."""
+    states = {}
+    for task in Path("/proc/self/task").iterdir():
+        if task.name not in known:
+            states[task.name] = (task / "stat").read_text().rpartition(")")[2].split()[0]
+    return states
+
+
+def threads_now() -> set[str]:
+    return {task.name for task in Path("/proc/self/task").iterdir()}
+
+
+linux_only = pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="reads /proc")
+
+
+def awaited(condition: Any) -> bool:
+    deadline = time.monotonic() + 60
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.001)
+    return bool(condition())
+
+
+@linux_only
+def test_idle_team_sleeps_and_ends_with_its_owner() -> None:
+    known = threads_now()
+    ops = CpuOps(num_threads=3)
+    weight = ops.prepare(Linear((Segment(torch.randn(300, 48)),), 48))
+    for _ in range(3):  # awake again after each sleep
+        ops.linear_add(torch.randn(5, 48), weight, None)
+        assert awaited(lambda: list(worker_states(known).values()) == ["S", "S"])
+    del ops
+    gc.collect()
+    assert awaited(lambda: threads_now() <= known)
+
+
+@linux_only
+def test_closed_engine_has_no_threads(tiny_engine: Any) -> None:
+    known = threads_now()
+    engine = tiny_engine(num_threads=4)
+    engine.generate([[5, 6, 7]], PARAMS)
+    assert len(threads_now() - known) == 3
+    engine.close()
+    gc.collect()
+    assert awaited(lambda: threads_now() <= known)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork")
+def test_team_works_in_a_forked_process() -> None:
+    ops, x = CpuOps(num_threads=3), torch.randn(5, 48)
+    weight = ops.prepare(Linear((Segment(torch.randn(300, 48)),), 48))
+    expected = ops.linear_add(x, weight, None)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # later Pythons warn of every fork of a process with threads
+        child = os.fork()
+    if child == 0:
+        same = torch.equal(ops.linear_add(x, weight, None), expected)
+        os._exit(0 if same else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert torch.equal(ops.linear_add(x, weight, None), expected)
+
+
+def test_num_threads_is_checked() -> None:
+    assert available_cores() >= 1
+    for number in (0, -1, 257):
+        with pytest.raises(ConfigError, match=f"num_threads is {number}; it is in \\[1, 256\\]"):
+            CpuOps(num_threads=number)

@@ -1,0 +1,228 @@
+"""Products with packed weights (csrc/cpu): every format on every instruction set against the dequantised weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from gguf import GGMLQuantizationType, quants
+from torch import Tensor
+
+from inferneo_core.errors import BackendUnavailable, InferneoError
+from inferneo_core.ops.base import Linear, Segment
+from inferneo_core.ops.cpu_ops import CpuOps
+from inferneo_core.ops.packing import WeightArena
+from inferneo_core.weights.dequant import BLOCK_TYPES, dequantize
+
+DENSE = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+FORMATS = (*BLOCK_TYPES, *DENSE)
+ISAS = ("scalar", "avx2", "avx512")
+
+MakeSegment = Callable[..., Segment]
+
+
+def make_segment(name: str, num_rows: int, in_features: int, seed: int = 0, row_order: Tensor | None = None) -> Segment:
+    """Random blocks of every bit pattern, but for scales of some 2**-7, so that no product overflows."""
+    generator = torch.Generator().manual_seed(seed)
+    if name in DENSE:
+        data = torch.randn(num_rows, in_features, generator=generator).to(DENSE[name])
+        return Segment(data, row_order=row_order)
+    block_size, type_size = BLOCK_TYPES[name]
+    shape = (num_rows * in_features // block_size, type_size)
+    blocks = torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)
+    offset = 208 if name == "Q6_K" else 0
+    for place in (offset, 2) if name in ("Q4_1", "Q5_1", "Q4_K", "Q5_K") else (offset,):
+        halves = torch.rand(shape[0], generator=generator) * 0.02 - 0.01
+        blocks[:, place : place + 2] = halves.half().view(torch.uint8).view(-1, 2)
+    return Segment(blocks.view(num_rows, -1), name, row_order)
+
+
+def dense(segment: Segment) -> Tensor:
+    """The segment's rows in order, fp64."""
+    weight = dequantize(segment.data, segment.quant_type) if segment.quant_type else segment.data
+    return (weight if segment.row_order is None else weight[segment.row_order]).double()
+
+
+def block_quantized(x: Tensor) -> Tensor:
+    """x as the kernels see it: int8 in blocks of 32, scale amax / 127, fp64."""
+    blocks = x.float().view(x.shape[0], -1, 32)
+    largest = blocks.abs().amax(-1, keepdim=True)
+    inverse = torch.where(largest < 1e-30, 0.0, 127.0 / largest)
+    codes = (blocks * inverse).round()
+    return (codes.double() * (largest / 127.0).double()).view(x.shape)
+
+
+def pack(*segments: Segment, bias: Tensor | None = None) -> Tensor:
+    in_features = segments[0].data.shape[1]
+    if segments[0].quant_type:
+        block_size, type_size = BLOCK_TYPES[segments[0].quant_type]
+        in_features = in_features // type_size * block_size
+    return WeightArena().pack(Linear(segments, in_features, bias))
+
+
+def product(x: Tensor, packed: Tensor, lanes: int = 1) -> Tensor:
+    result: Tensor = torch.ops.inferneo.packed_linear(x, packed, lanes)
+    return result
+
+
+def assert_close_sums(actual: Tensor, exact: Tensor, x: Tensor, segment: Segment) -> None:
+    """fp32 sums of up to 1,000 products round to 2e-6 of the products' magnitude, whatever their signs cancel."""
+    magnitude = x.abs().double() @ dense(segment).abs().T
+    assert ((actual - exact).abs() <= 2e-6 * magnitude).all()
+
+
+@pytest.fixture(params=ISAS)
+def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Each instruction set that this machine has."""
+    monkeypatch.setenv("INFERNEO_CPU_ISA", request.param)
+    try:
+        CpuOps()
+    except BackendUnavailable as error:
+        pytest.skip(str(error))
+    return str(request.param)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _extension() -> None:
+    CpuOps()
+
+
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("num_tokens", [1, 2, 5, 13, 37])
+def test_linear_agrees_with_the_exact_product_of_what_it_is_given(name: str, num_tokens: int, isa: str) -> None:
+    segment = make_segment(name, 41, 512)
+    x = torch.randn(num_tokens, 512, generator=torch.Generator().manual_seed(1)) * 3
+    exact = (block_quantized(x) if segment.quant_type else x.double()) @ dense(segment).T
+    assert_close_sums(product(x, pack(segment)), exact, x, segment)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_linear_has_the_same_bits_on_every_instruction_set(
+    name: str, isa: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    packed = pack(make_segment(name, 50, 768))
+    x = torch.randn(29, 768, generator=torch.Generator().manual_seed(2))
+    mine = product(x, packed)
+    monkeypatch.setenv("INFERNEO_CPU_ISA", "scalar")
+    assert torch.equal(mine, product(x, packed))
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_linear_has_the_same_bits_for_any_batch_and_split(name: str, isa: str) -> None:
+    packed = pack(make_segment(name, 83, 256))
+    x = torch.randn(300, 256, generator=torch.Generator().manual_seed(3))
+    whole = product(x, packed)
+    assert torch.equal(whole[:7], torch.cat([product(row[None], packed) for row in x[:7]]))
+    for num_tokens in (2, 3, 4, 8, 11, 12, 16, 17, 24, 100, 299):
+        assert torch.equal(product(x[:num_tokens], packed), whole[:num_tokens]), num_tokens
+    for lanes in (2, 3, 8):
+        assert torch.equal(product(x[:30], packed, lanes), whole[:30]), lanes
+        assert torch.equal(product(x[:1], packed, lanes), whole[:1]), lanes
+
+
+@pytest.mark.parametrize("in_features", [1, 3, 32, 123, 1000])
+@pytest.mark.parametrize("name", DENSE)
+def test_linear_takes_any_width_of_a_dense_weight(name: str, in_features: int, isa: str) -> None:
+    segment = make_segment(name, 5, in_features)
+    x = torch.randn(6, in_features, generator=torch.Generator().manual_seed(4))
+    assert_close_sums(product(x, pack(segment)), x.double() @ dense(segment).T, x, segment)
+
+
+def test_linear_stacks_segments_of_different_formats(isa: str) -> None:
+    order = torch.randperm(24, generator=torch.Generator().manual_seed(5))
+    segments = [
+        make_segment("Q4_K", 24, 512, seed=1, row_order=order),
+        make_segment("Q6_K", 7, 512, seed=2),
+        make_segment("BF16", 18, 512, seed=3),
+        make_segment("Q8_0", 33, 512, seed=4, row_order=torch.arange(33).flip(0)),
+    ]
+    bias = torch.randn(82, generator=torch.Generator().manual_seed(6))
+    packed = pack(*segments, bias=bias)
+    x = torch.randn(9, 512, generator=torch.Generator().manual_seed(7))
+    alone = torch.cat([product(x, pack(segment)) for segment in segments], dim=1)
+    for lanes in (1, 4):
+        assert torch.equal(product(x, packed, lanes), alone + bias)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_rows_of_a_packed_weight_are_what_the_format_defines(name: str) -> None:
+    order = torch.randperm(37, generator=torch.Generator().manual_seed(8))
+    segment = make_segment(name, 37, 512, row_order=order)
+    ids = torch.tensor([36, 0, 15, 16, 31, 0])
+    rows = torch.ops.inferneo.packed_rows(pack(segment), ids)
+    assert torch.equal(rows, dense(segment)[ids].float())
+
+
+@pytest.mark.parametrize("name", BLOCK_TYPES)
+def test_rows_of_a_packed_weight_agree_with_the_gguf_package(name: str) -> None:
+    segment = make_segment(name, 18, 512)
+    expected = quants.dequantize(segment.data.numpy(), GGMLQuantizationType[name])
+    rows = torch.ops.inferneo.packed_rows(pack(segment), torch.arange(18))
+    np.testing.assert_array_equal(rows.numpy(), expected)
+
+
+@pytest.mark.parametrize("name", ["Q4_1", "Q8_0"])
+def test_activations_of_any_magnitude_are_quantised(name: str, isa: str) -> None:
+    segment = make_segment(name, 16, 64)
+    x = torch.randn(5, 64, generator=torch.Generator().manual_seed(9))
+    x *= torch.tensor([[0.0], [1e-34], [1e-29], [1.0], [1e33]])
+    exact = block_quantized(x) @ dense(segment).T
+    torch.testing.assert_close(product(x, pack(segment)).double(), exact, rtol=1e-4, atol=1e-36)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("name", ["Q4_0", "Q4_1", "Q8_0", "Q6_K", "F32"])
+def test_a_number_that_is_none_spoils_its_own_token_only(name: str, bad: float, isa: str) -> None:
+    packed = pack(make_segment(name, 20, 256))
+    x = torch.randn(6, 256, generator=torch.Generator().manual_seed(10))
+    clean = product(x, packed)
+    x[2, 77] = bad
+    spoiled = product(x, packed)
+    assert not spoiled[2].isfinite().any()
+    assert torch.equal(spoiled[[0, 1, 3, 4, 5]], clean[[0, 1, 3, 4, 5]])
+
+
+def test_no_tokens_give_no_rows() -> None:
+    assert product(torch.empty(0, 64), pack(make_segment("Q4_1", 3, 64))).shape == (0, 3)
+
+
+def test_an_arena_keeps_weights_apart_and_alive() -> None:
+    arena, segments = WeightArena(), [make_segment("Q4_0", 5 + seed, 96, seed) for seed in range(6)]
+    packed = [arena.pack(Linear((segment,), 96)) for segment in segments]
+    del arena
+    x = torch.randn(2, 96, generator=torch.Generator().manual_seed(11))
+    for segment, weight in zip(segments, packed, strict=True):
+        assert weight.shape[0] == segment.num_rows
+        assert torch.equal(product(x, weight), product(x, pack(segment)))
+
+
+@pytest.mark.parametrize(
+    ("message", "call"),
+    [
+        ("x has shape [2, 63]; it must be [any, 64]", lambda packed: product(torch.zeros(2, 63), packed)),
+        ("x has dtype Double", lambda packed: product(torch.zeros(2, 64).double(), packed)),
+        ("lanes is 0", lambda packed: product(torch.zeros(2, 64), packed, 0)),
+        ("no packed weight", lambda packed: product(torch.zeros(2, 64), torch.zeros_like(packed))),
+        ("a packed weight is", lambda packed: product(torch.zeros(2, 64), packed.view(torch.int8))),
+        ("no packed weight", lambda packed: product(torch.zeros(2, 64), packed.view(-1)[64:-64])),
+        ("ids[1] is 3; it is in [0, 3)", lambda packed: torch.ops.inferneo.packed_rows(packed, torch.tensor([0, 3]))),
+        ("in_features is 40; Q4_1 needs a multiple of 32", lambda _: pack_as("Q4_1", 20, 40)),
+        ("a segment has shape [3, 20]; it must be [any, 40]", lambda _: pack_as("Q4_1", 20, 64)),
+        ("CpuOps has no kernels for weights of type IQ4_NL", lambda _: pack_as("IQ4_NL", 20, 32)),
+        ("row_order[0] is 3; it is in [0, 3)", lambda _: pack_as("Q4_1", 20, 32, torch.tensor([3, 1, 2]))),
+        ("row_order has 2 rows; its segment has 3", lambda _: pack_as("Q4_1", 20, 32, torch.tensor([0, 1]))),
+        ("a weight has 9 segments; it has 1 to 8", lambda _: pack(*[make_segment("Q4_1", 3, 32)] * 9)),
+    ],
+)
+def test_bad_input_is_an_error_that_names_it(message: str, call: Callable[[Tensor], object]) -> None:
+    packed = pack(make_segment("Q4_1", 3, 64))
+    with pytest.raises((RuntimeError, InferneoError)) as raised:
+        call(packed)
+    assert message in str(raised.value)
+
+
+def pack_as(name: str, row_bytes: int, in_features: int, row_order: Tensor | None = None) -> Tensor:
+    segment = Segment(torch.zeros(3, row_bytes, dtype=torch.uint8), name, row_order)
+    return WeightArena().pack(Linear((segment,), in_features))

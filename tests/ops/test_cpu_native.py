@@ -1,0 +1,52 @@
+"""Team and attention under the sanitizers, without torch (csrc/cpu/attention_test.cpp)."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from inferneo_core.errors import BackendUnavailable
+from inferneo_core.ops.cpu_ops import CpuOps
+
+CSRC = Path(__file__).parents[2] / "csrc"
+COMPILER = shutil.which(os.environ.get("CXX", "c++"))
+SOURCES = (
+    "cpu/attention_test.cpp",
+    "cpu/attention.cpp",
+    "cpu/row_kernels.cpp",
+    "cpu/row_kernels_scalar.cpp",
+    "cpu/row_kernels_avx2.cpp",
+    "cpu/row_kernels_avx512.cpp",
+    "cpu/team.cpp",
+    "passes.cpp",
+)
+FLAGS = ("-std=c++20", "-O1", "-g", "-Wall", "-Wextra", "-Werror", "-ffp-contract=off", "-fno-trapping-math", "-pthread")
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module", params=["address,undefined", "thread"])
+def program(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    if COMPILER is None:
+        pytest.skip("no C++ compiler")
+    path = tmp_path_factory.mktemp("native") / "attention_test"
+    sanitizers = [f"-fsanitize={request.param}", "-fno-sanitize-recover=all"]
+    sources = [str(CSRC / name) for name in SOURCES]
+    subprocess.run([COMPILER, *FLAGS, *sanitizers, *sources, "-o", str(path)], check=True)
+    return path
+
+
+@pytest.mark.parametrize("isa", ["scalar", "avx2", "avx512"])
+def test_attention_is_clean_under_the_sanitizers(program: Path, isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("INFERNEO_CPU_ISA", isa)
+    try:
+        CpuOps(1)
+    except BackendUnavailable as error:
+        pytest.skip(str(error))
+    result = subprocess.run([str(program)], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout == f"{isa}\n"
