@@ -84,7 +84,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--peers-python", default=sys.executable, help="the interpreter that the peers are installed in")
+    parser.add_argument("--peers-python", default=sys.executable, help="the interpreter that has the peers")
     parser.add_argument("--only", nargs="*", default=[], help="beginnings of the titles of the tasks to run")
     args = parser.parse_args()
     model = resolve("smollm2-135m-instruct").gguf_path

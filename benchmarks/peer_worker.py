@@ -3,8 +3,8 @@
     python benchmarks/peer_worker.py ENGINE MODEL.gguf THREADS
 
 Commands: {"what": "decode", "context": n, "tokens": n} -> seconds; {"what": "prefill", "tokens": n} -> seconds to the
-first token; {"what": "streams", "streams": n, "prompt": n, "tokens": n} -> seconds; {"what": "memory"} -> bytes at most.
-The model's own token ids go in everywhere, so no engine's tokenizer is measured. Greedy, never stopped early.
+first token; {"what": "streams", "streams": n, "prompt": n, "tokens": n} -> seconds; {"what": "memory"} -> bytes at
+most. The model's own token ids go in everywhere, so no engine's tokenizer is measured. Greedy, never stopped early.
 """
 
 from __future__ import annotations

@@ -24,7 +24,8 @@ SOURCES = (
     "cpu/team.cpp",
     "passes.cpp",
 )
-FLAGS = ("-std=c++20", "-O1", "-g", "-Wall", "-Wextra", "-Werror", "-ffp-contract=off", "-fno-trapping-math", "-pthread")
+WARNINGS = ("-Wall", "-Wextra", "-Werror")
+FLAGS = ("-std=c++20", "-O1", "-g", *WARNINGS, "-ffp-contract=off", "-fno-trapping-math", "-pthread")
 
 pytestmark = pytest.mark.slow
 
