@@ -18,12 +18,14 @@ PIP := $(BIN)/python -m pip install $(PIP_ARGS) -c constraints.txt
 # A stamp is an empty file whose time says when its step was last done.
 TORCH_STAMP := $(VENV)/.stamp-torch
 CLI_STAMP := $(VENV)/.stamp-cli
+PEERS := .venv-peers
+PEERS_STAMP := $(PEERS)/.stamp
 DEV_STAMP := $(VENV)/.stamp-dev
 CSRC := $(shell find csrc -type f -name '*.cpp' -o -type f -name '*.h')
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test test-fast lint format aot-report bench clean distclean preflight
+.PHONY: help demo test test-fast lint format aot-report bench bench-peers clean distclean preflight
 
 help:  ## Show this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 20
@@ -54,6 +56,15 @@ aot-report: $(DEV_STAMP)  ## Compile every GPU kernel for every chip; write benc
 
 bench: $(DEV_STAMP)  ## Run the benchmarks
 	$(BIN)/python -m pytest benchmarks -o python_files='bench_*.py' --benchmark-only $(PYTEST_ARGS)
+
+bench-peers: $(DEV_STAMP) $(PEERS_STAMP)  ## Compare with other engines on the same model file
+	$(BIN)/python benchmarks/compare_peers.py --peers-python $(PEERS)/bin/python
+
+# Not all of them install everywhere; the comparison lists those that are missing.
+$(PEERS_STAMP): | preflight
+	$(PYTHON) -m venv $(PEERS)
+	for peer in llama-cpp-python openvino-genai onnxruntime-genai; do $(PEERS)/bin/pip install $(PIP_ARGS) $$peer || true; done
+	@touch $@
 
 clean:  ## Remove what was built; keep the virtual environment's packages
 	rm -rf build dist *.egg-info inferneo_core/_C*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks

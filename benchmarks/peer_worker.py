@@ -85,6 +85,19 @@ class LlamaCpp:
             api.llama_batch_free(batch)
             api.llama_free(context)
 
+    def logits(self, ids: list[int]) -> Any:
+        """[len(ids), vocab_size] fp32: what follows each token of a text of at most 512."""
+        import numpy as np
+
+        context, batch = self._context(1, 512), self._api.llama_batch_init(512, 0, 1)
+        try:
+            self._decode(context, batch, [(token, place, 0) for place, token in enumerate(ids)], every=True)
+            rows = [self._api.llama_get_logits_ith(context, i) for i in range(len(ids))]
+            return np.stack([np.ctypeslib.as_array(row, shape=(self._vocab_size,)) for row in rows])
+        finally:
+            self._api.llama_batch_free(batch)
+            self._api.llama_free(context)
+
     def _decode(self, context: Any, batch: Any, entries: list[tuple[int, int, int]], *, every: bool = False) -> None:
         batch.n_tokens = len(entries)
         for i, (token, place, seq) in enumerate(entries):
@@ -216,6 +229,12 @@ class Worker:
     def streams(self, streams: int, prompt: int, tokens: int) -> float:
         _, whole = self._engine.generate(self._prompts(streams, prompt), tokens)
         return float(whole)
+
+    def logits(self, ids: list[int], path: str) -> float:
+        import numpy as np
+
+        np.save(path, self._engine.logits(ids))
+        return 0.0
 
     def memory(self) -> float:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0

@@ -296,7 +296,8 @@ class EngineConfig:
         device: "auto" takes the GPU where there is one; "cpu", "cuda" or "cuda:N" by hand.
         ops: "auto" takes the device's own kernels; "torch", "cpu" or "triton" by hand.
         dtype: of activations; "auto" keeps a dense checkpoint's own, and takes float32 for quantised ones on the CPU.
-        kv_cache_dtype: "auto" is dtype.
+            The CPU backend computes in float32 whatever it is.
+        kv_cache_dtype: "auto" is dtype; on the CPU backend the dense checkpoint's own, and bfloat16 for quantised ones.
         kv_cache_memory: bytes for keys and values; None is a share of the free memory.
         block_size: tokens a cache block.
         max_model_len: tokens of prompt and output a sequence; None is the model's own limit.

@@ -46,13 +46,16 @@ def test_32_threads_get_the_tokens_they_get_alone(
 ) -> None:
     shared = watched_engine(**arguments)
     start = threading.Barrier(33, timeout=60)
+    submitted = threading.Barrier(32, timeout=60)  # all wait before any is read: so the cache is short of blocks
     done = threading.Event()
     prompts = [[(i * 31 + j) % 256 for j in range(1 + 2 * i)] for i in range(32)]
-    params = [SamplingParams(max_tokens=10 + i % 7, seed=i, ignore_eos=True, top_k=i % 3 * 20) for i in range(32)]
+    params = [SamplingParams(max_tokens=20 + i % 7, seed=i, ignore_eos=True, top_k=i % 3 * 20) for i in range(32)]
 
     def consume(i: int) -> list[int]:
         start.wait()
-        return ids(shared.stream(prompts[i], params[i]))
+        stream = shared.stream(prompts[i], params[i])
+        submitted.wait()
+        return ids(stream)
 
     def watch() -> int:
         start.wait()
