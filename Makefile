@@ -18,9 +18,9 @@ PIP := $(BIN)/python -m pip install $(PIP_ARGS) -c constraints.txt
 # A stamp is an empty file whose time says when its step was last done.
 TORCH_STAMP := $(VENV)/.stamp-torch
 CLI_STAMP := $(VENV)/.stamp-cli
+DEV_STAMP := $(VENV)/.stamp-dev
 PEERS := .venv-peers
 PEERS_STAMP := $(PEERS)/.stamp
-DEV_STAMP := $(VENV)/.stamp-dev
 CSRC := $(shell find csrc -type f -name '*.cpp' -o -type f -name '*.h')
 
 .DEFAULT_GOAL := help
@@ -63,7 +63,8 @@ bench-peers: $(DEV_STAMP) $(PEERS_STAMP)  ## Compare with other engines on the s
 # Not all of them install everywhere; the comparison lists those that are missing.
 $(PEERS_STAMP): | preflight
 	$(PYTHON) -m venv $(PEERS)
-	for peer in llama-cpp-python openvino-genai onnxruntime-genai; do $(PEERS)/bin/pip install $(PIP_ARGS) $$peer || true; done
+	for peer in llama-cpp-python openvino-genai 'torch transformers safetensors' 'onnxruntime-genai onnx onnx-ir'; do \
+	  $(PEERS)/bin/pip install $(PIP_ARGS) -c constraints.txt $$peer || true; done
 	@touch $@
 
 clean:  ## Remove what was built; keep the virtual environment's packages

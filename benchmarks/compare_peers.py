@@ -1,10 +1,11 @@
 """This engine beside the others on the same model file, in turns: `make bench-peers`.
 
-    python benchmarks/compare_peers.py [--threads 2] [--rounds 5] [--peers-python PATH] [--only decode,prefill ...]
+    python benchmarks/compare_peers.py [--threads N] [--rounds N] [--peers-python PATH] [--models DIR] [--only TITLE ...]
 
 Each engine runs in a process of its own (peer_worker.py) that rests while another measures. Every figure is the median
 over the rounds; a ratio is the median of the rounds' ratios to this engine, so that what the machine does to one round
-it does to both. The floors are measured in each round. An engine that is not installed is listed as absent.
+it does to both. The floors are measured in each round. An engine that is not installed is listed as absent. All read
+the same GGUF file but those whose name says otherwise (peer_models.py makes their formats of it).
 """
 
 from __future__ import annotations
@@ -14,14 +15,13 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
 
 from floors import Floors, measure
-from peer_worker import ENGINES
-
-from inferneo_core.weights import resolve
+from peer_models import PeerModels
 
 OURS = "inferneo"
 WEIGHT_BYTES = 96.6e6  # read for every token that is decoded
@@ -48,14 +48,38 @@ TASKS = (
 )
 
 
+class Contender(NamedTuple):
+    """An engine on a file of the model.
+
+    Attributes:
+        name: as the table calls it.
+        kind: one of peer_worker.py's engines.
+        model: the file or directory, made if need be.
+    """
+
+    name: str
+    kind: str
+    model: Callable[[PeerModels], Path]
+
+
+CONTENDERS = (
+    Contender(OURS, "inferneo", lambda models: models.gguf),
+    Contender("llama.cpp", "llama.cpp", lambda models: models.gguf),
+    Contender("llama.cpp Q4_0", "llama.cpp", PeerModels.q4_0),
+    Contender("openvino-genai", "openvino-genai", lambda models: models.gguf),
+    Contender("onnxruntime-genai int4", "onnxruntime-genai", PeerModels.onnx),
+    Contender("transformers bf16", "transformers", PeerModels.dense),
+)
+
+
 class Engine:
     """A worker process."""
 
-    def __init__(self, name: str, python: str, model: Path, threads: int) -> None:
+    def __init__(self, name: str, kind: str, python: str, model: Path, threads: int) -> None:
         self.name = name
         worker = Path(__file__).with_name("peer_worker.py")
         self._process = subprocess.Popen(
-            [python, str(worker), name, str(model), str(threads)],
+            [python, str(worker), kind, str(model), str(threads)],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
             env={**os.environ, "OMP_NUM_THREADS": str(threads)},
         )  # fmt: skip
@@ -86,15 +110,12 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--peers-python", default=sys.executable, help="the interpreter that has the peers")
     parser.add_argument("--only", nargs="*", default=[], help="beginnings of the titles of the tasks to run")
+    parser.add_argument(
+        "--models", type=Path, default=Path(".venv-peers/models"), help="where peer_models.py keeps them"
+    )
     args = parser.parse_args()
-    model = resolve("smollm2-135m-instruct").gguf_path
-    assert model is not None
-    engines = []
-    for name, _ in ENGINES:
-        engine = Engine(name, sys.executable if name == OURS else args.peers_python, model, args.threads)
-        print(f"{name}: " + (f"absent ({engine.greeting['absent']})" if engine.is_absent else "ready"), flush=True)
-        if not engine.is_absent:
-            engines.append(engine)
+    models = PeerModels(args.models, args.peers_python)
+    engines = list(started(models, args.peers_python, args.threads))
     try:
         for task in TASKS:
             if not args.only or any(task.title.startswith(begin) for begin in args.only):
@@ -105,6 +126,19 @@ def main() -> None:
     finally:
         for engine in engines:
             engine.close()
+
+
+def started(models: PeerModels, peers_python: str, threads: int) -> Iterator[Engine]:
+    """The engines that are installed, this one first; says which are not."""
+    for name, kind, find_model in CONTENDERS:
+        try:
+            engine = Engine(name, kind, sys.executable if name == OURS else peers_python, find_model(models), threads)
+        except RuntimeError as error:
+            print(f"{name}: absent ({error})", flush=True)
+            continue
+        print(f"{name}: " + (f"absent ({engine.greeting['absent']})" if engine.is_absent else "ready"), flush=True)
+        if not engine.is_absent:
+            yield engine
 
 
 def compare(task: Task, engines: list[Engine], rounds: int, threads: int) -> None:
@@ -121,7 +155,7 @@ def compare(task: Task, engines: list[Engine], rounds: int, threads: int) -> Non
         ratio = median(other / own for other, own in zip(times, ours, strict=True))
         share = median(floor_seconds(task, floor) / time for floor, time in zip(floors, times, strict=True))
         print(
-            f"  {name:18} {median(times) * 1e3:9.1f} ms {task.num_tokens / median(times):9.1f} tok/s   "
+            f"  {name:22} {median(times) * 1e3:9.1f} ms {task.num_tokens / median(times):9.1f} tok/s   "
             f"{ratio:5.2f} x our time   {share:4.0%} of the machine's floor"
         )
 

@@ -70,7 +70,7 @@ def main() -> None:
         f"inferneo, {dtype} cache": engine_logits(Engine(path, ops="cpu", kv_cache_dtype=dtype, **options))
         for dtype in ("bfloat16", "float16", "float32")
     }
-    peer = Peer("llama.cpp", args.peers_python, path, torch.get_num_threads())
+    peer = Peer("llama.cpp", "llama.cpp", args.peers_python, path, torch.get_num_threads())
     if peer.is_absent:
         print(f"llama.cpp: absent ({peer.greeting['absent']})")
     else:

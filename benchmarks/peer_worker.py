@@ -1,6 +1,6 @@
 """One engine in a process of its own, for compare_peers.py: commands come as JSON lines, answers go back as such.
 
-    python benchmarks/peer_worker.py ENGINE MODEL.gguf THREADS
+    python benchmarks/peer_worker.py ENGINE MODEL THREADS
 
 Commands: {"what": "decode", "context": n, "tokens": n} -> seconds; {"what": "prefill", "tokens": n} -> seconds to the
 first token; {"what": "streams", "streams": n, "prompt": n, "tokens": n} -> seconds; {"what": "memory"} -> bytes at
@@ -144,7 +144,7 @@ class OpenVino:
 
 
 class Transformers:
-    """transformers in bf16, from the safetensors directory that INFERNEO_PEER_HF_MODEL names."""
+    """transformers in bf16."""
 
     def __init__(self, path: str, threads: int) -> None:
         import torch
@@ -152,8 +152,7 @@ class Transformers:
 
         torch.set_num_threads(threads)
         self._torch = torch
-        directory = os.environ["INFERNEO_PEER_HF_MODEL"]
-        self._model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.bfloat16).eval()
+        self._model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16).eval()
 
     def generate(self, prompts: list[list[int]], tokens: int) -> tuple[float, float]:
         torch = self._torch
@@ -170,13 +169,13 @@ class Transformers:
 
 
 class OnnxGenai:
-    """onnxruntime-genai, from the directory of its own int4 model that INFERNEO_PEER_ONNX_MODEL names."""
+    """onnxruntime-genai, on a model that its own builder has made."""
 
     def __init__(self, path: str, threads: int) -> None:
         import onnxruntime_genai
 
         self._api = onnxruntime_genai
-        config = onnxruntime_genai.Config(os.environ["INFERNEO_PEER_ONNX_MODEL"])
+        config = onnxruntime_genai.Config(path)
         config.overlay(json.dumps({"model": {"decoder": {"session_options": {"intra_op_num_threads": threads}}}}))
         self._model = onnxruntime_genai.Model(config)
 
@@ -248,7 +247,7 @@ def main() -> None:
     try:
         worker = Worker(dict(ENGINES)[name](path, threads))
         worker.prefill(8)
-    except (ImportError, KeyError) as error:  # not installed, or its model is not named
+    except ImportError as error:
         print(json.dumps({"absent": repr(error)}), file=answers, flush=True)
         return
     print(json.dumps({"loaded": time.perf_counter() - started}), file=answers, flush=True)
