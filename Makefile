@@ -72,8 +72,8 @@ clean:  ## Remove what was built; keep the virtual environment's packages
 	rm -f $(CLI_STAMP) $(DEV_STAMP)
 	find inferneo_core inferneo kernels tests benchmarks -name __pycache__ -prune -exec rm -rf {} +
 
-distclean: clean  ## Remove the virtual environment too
-	rm -rf $(VENV)
+distclean: clean  ## Remove the virtual environments too
+	rm -rf $(VENV) $(PEERS)
 
 # torch comes first and by itself: the extension is compiled against the one that is installed.
 $(TORCH_STAMP): constraints.txt | preflight

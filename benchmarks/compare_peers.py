@@ -1,6 +1,6 @@
 """This engine beside the others on the same model file, in turns: `make bench-peers`.
 
-    python benchmarks/compare_peers.py [--threads N] [--rounds N] [--peers-python PATH] [--models DIR] [--only TITLE ...]
+    python benchmarks/compare_peers.py [--threads N] [--rounds N] [--peers-python PATH] [--models DIR] [--only TITLE]
 
 Each engine runs in a process of its own (peer_worker.py) that rests while another measures. Every figure is the median
 over the rounds; a ratio is the median of the rounds' ratios to this engine, so that what the machine does to one round
