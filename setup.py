@@ -53,9 +53,17 @@ class BuildCsrc(BuildExtension):
 
 
 setup(
-    packages=["inferneo_core", "inferneo_core.ops", "inferneo_core.weights", "inferneo", "inferneo_kernels"],
-    package_dir={"inferneo_kernels": "kernels/inferneo_kernels"},
-    package_data={"inferneo_core": ["py.typed", "_C.pyi"]},
+    packages=[
+        *("inferneo_core", "inferneo_core.ops", "inferneo_core.weights", "inferneo", "inferneo.client"),
+        *("inferneo.server", "inferneo_kernels", "inferneo_benchmarks", "inferneo_benchmarks.gpu"),
+    ],
+    package_dir={"inferneo_kernels": "kernels/inferneo_kernels", "inferneo_benchmarks": "benchmarks"},
+    package_data={
+        "inferneo_core": ["py.typed", "_C.pyi"],
+        "inferneo": ["py.typed"],
+        "inferneo.server": ["page.html", "page.css", "page.js"],
+        "inferneo_benchmarks": ["floors.cpp"],
+    },
     ext_modules=[
         CppExtension(
             "inferneo_core._C",

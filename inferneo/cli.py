@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import io
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Annotated
 
 import typer
 
 from inferneo import cli_options as options
+from inferneo.cli_bench import bench
+from inferneo.cli_errors import one_line_errors
+from inferneo.cli_serve import serve
 
 app = typer.Typer(
     help="Run Llama models on this machine, one token at a time.",
@@ -117,6 +118,10 @@ def info(model: options.Model, context: options.Context = None) -> None:
             typer.echo(f"{name:<14}{value}")
 
 
+app.command()(serve)
+app.command()(bench)
+
+
 def _show_version(wanted: bool) -> None:
     if wanted:
         from inferneo import __version__
@@ -141,18 +146,6 @@ def _before_any_command(
         import logging
 
         logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s")
-
-
-@contextmanager
-def one_line_errors() -> Iterator[None]:
-    """Turn an InferneoError into one line on standard error and exit code 1."""
-    from inferneo_core.errors import InferneoError
-
-    try:
-        yield
-    except InferneoError as error:
-        typer.secho(f"error: {error}", err=True, fg=typer.colors.RED)
-        raise typer.Exit(1) from error
 
 
 def _note(line: str) -> None:

@@ -31,6 +31,7 @@ Threads = Annotated[int | None, Option(help="CPU threads; otherwise every core."
 MaxModelLen = Annotated[
     int | None, Option(help="Tokens of prompt and answer; otherwise the model's limit.", rich_help_panel=_ENGINE)
 ]
+MaxNumSeqs = Annotated[int, Option(help="Sequences in one batch at most.", min=1, rich_help_panel=_ENGINE)]
 
 Context = Annotated[int | None, Option(min=1, help="Tokens to count memory for; otherwise the model's limit.")]
 Verbose = Annotated[bool, Option("--verbose", "-v", help="Log to standard error what the engine does.")]

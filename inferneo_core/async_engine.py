@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
-from collections import defaultdict
+import weakref
 from collections.abc import Sequence as SequenceOf
+from itertools import islice
 from pathlib import Path
 from types import TracebackType
 
@@ -15,6 +16,7 @@ from inferneo_core.engine import Engine
 from inferneo_core.errors import EngineClosed
 from inferneo_core.outputs import Completion, EngineStats, FinishReason, TokenOutput
 from inferneo_core.prompt import Prompt, pair_params
+from inferneo_core.readers import Readers
 from inferneo_core.sampling_params import SamplingParams
 from inferneo_core.stream import TokenStream
 from inferneo_core.tokenizer import Tokenizer
@@ -72,19 +74,31 @@ class AsyncEngine:
         self.model_config: ModelConfig = self._engine.model_config
         self.tokenizer: Tokenizer = self._engine.tokenizer
         self.max_model_len: int = self._engine.max_model_len
-        self._readers = _Readers()
+        self._readers = Readers()
+        # Streams with a max_unread, by request_id. Weak: a stream that its consumer drops must go.
+        self._bounded: dict[int, tuple[weakref.ref[TokenStream], int]] = {}
         self._work = threading.Event()  # set when there may be something to step for
         self._thread = threading.Thread(target=self._drive, name="inferneo-engine", daemon=True)
         self._thread.start()
 
-    def stream(self, prompt: Prompt, params: SamplingParams | None = None, *, choice: int = 0) -> AsyncTokenStream:
+    def stream(
+        self, prompt: Prompt, params: SamplingParams | None = None, *, choice: int = 0, max_unread: int | None = None
+    ) -> AsyncTokenStream:
         """Start generating; returns at once. Call it from a running event loop.
 
-        Args, Raises: as Engine.stream.
+        Args:
+            prompt, params, choice: as Engine.stream takes them.
+            max_unread: pause the stream while so many outputs wait for their reader, who resumes it by reading them
+                all; None lets max_tokens of them wait.
         Returns:
             An AsyncTokenStream: `async for` over it for TokenOutputs.
+        Raises:
+            What Engine.stream raises.
         """
         stream = self._engine.stream(prompt, params, choice=choice)
+        if max_unread is not None:
+            assert max_unread >= 1, f"max_unread is {max_unread}"
+            self._bounded[stream.request_id] = (weakref.ref(stream), max_unread)
         self._work.set()
         return AsyncTokenStream(stream, self._readers, self._work)
 
@@ -106,6 +120,20 @@ class AsyncEngine:
         finally:
             for stream in streams:
                 await stream.aclose()
+
+    async def wait_any(self, streams: SequenceOf[AsyncTokenStream], timeout: float | None = None) -> None:
+        """Return once a read of one of these streams would not wait, or after so many seconds.
+
+        Reads nothing. Cancelling it ends no stream.
+        """
+        for stream in streams:
+            stream.resume_if_drained()
+        await self._readers.wait(*(stream._stream for stream in streams), timeout=timeout)
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether the engine takes no more requests: it was closed, or its device failed."""
+        return not self._thread.is_alive()
 
     def stats(self) -> EngineStats:
         """A snapshot of the engine's gauges and counters."""
@@ -132,6 +160,7 @@ class AsyncEngine:
                 self._work.wait()
                 self._work.clear()
                 while self._engine.step():
+                    self._pause_unread()
                     self._readers.wake_settled()
                 self._readers.wake_settled()
         except EngineClosed:
@@ -140,6 +169,17 @@ class AsyncEngine:
             logger.exception("the engine's thread failed; the engine is closed")
             self._engine.close()
         self._readers.wake_settled()
+
+    def _pause_unread(self) -> None:
+        """Pause the streams whose readers are too far behind."""
+        for request_id, (reference, max_unread) in self._bounded.copy().items():
+            stream = reference()
+            if stream is None or stream.has_ended:
+                del self._bounded[request_id]
+            elif stream.num_unread >= max_unread and not stream.is_paused:
+                stream.pause()
+                if stream.num_unread < max_unread:  # the reader was here meanwhile, and may not have seen the pause
+                    stream.resume()
 
 
 class AsyncTokenStream:
@@ -151,7 +191,7 @@ class AsyncTokenStream:
     Raises (from iteration): as TokenStream.
     """
 
-    def __init__(self, stream: TokenStream, readers: _Readers, work: threading.Event) -> None:
+    def __init__(self, stream: TokenStream, readers: Readers, work: threading.Event) -> None:
         self._stream = stream
         self._readers = readers
         self._work = work
@@ -171,9 +211,30 @@ class AsyncTokenStream:
         """Why the stream ended; None while it runs, or while there are outputs to read."""
         return self._stream.finish_reason
 
+    @property
+    def is_settled(self) -> bool:
+        """Whether the next read returns at once: there is an output, an error, or the end."""
+        return self._stream.is_settled
+
+    @property
+    def is_paused(self) -> bool:
+        """Whether it was paused, by `pause` or by its max_unread, and not resumed since."""
+        return self._stream.is_paused
+
     def completion(self) -> Completion:
         """The whole answer so far; "abort" as finish_reason if the stream has not ended by itself."""
         return self._stream.completion()
+
+    def read_ready(self) -> list[TokenOutput]:
+        """Every output that is there, without waiting; [] when there is none, be it yet or any more.
+
+        Raises:
+            What iteration raises, once there is no output left before it.
+        """
+        ready = list(islice(self._stream, self._stream.num_unread))
+        if not ready and self._stream.has_ended:  # nothing more is made: one that came just now, or the end or error
+            ready = list(islice(self._stream, max(1, self._stream.num_unread)))
+        return ready
 
     def pause(self) -> None:
         """Stop generating until `resume` or the next read that finds nothing."""
@@ -184,22 +245,30 @@ class AsyncTokenStream:
         self._stream.resume()
         self._work.set()
 
-    async def aclose(self) -> None:
+    def resume_if_drained(self) -> None:
+        """Undo `pause` where the reader has read all there was."""
+        if self._stream.is_paused and not self._stream.is_settled:
+            self.resume()
+
+    def abort(self) -> None:
         """Abort the request unless it has ended; idempotent. A reader that waits meanwhile sees the end."""
         self._stream.close()
         self._work.set()
+
+    async def aclose(self) -> None:
+        """As `abort`."""
+        self.abort()
 
     def __aiter__(self) -> AsyncTokenStream:
         return self
 
     async def __anext__(self) -> TokenOutput:
         while not self._stream.is_settled:
-            if self._stream.is_paused:
-                self.resume()
+            self.resume_if_drained()
             try:
                 await self._readers.wait(self._stream)
             except asyncio.CancelledError:  # now, not when the last traceback that holds this stream is dropped
-                await self.aclose()
+                self.abort()
                 raise
         try:
             return next(self._stream)  # settled: takes what is there and never steps
@@ -213,43 +282,3 @@ class AsyncTokenStream:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         await self.aclose()
-
-
-class _Readers:
-    """The consumers that wait for an output, each in its own event loop.
-
-    No lock: each access to the dict is one operation of its own. The garbage collector may end a reader, in any thread
-    and in the middle of any line, and a reader that had to wait for a lock there would wait for ever.
-    """
-
-    def __init__(self) -> None:
-        self._waiting: dict[asyncio.Future[None], TokenStream] = {}
-
-    async def wait(self, stream: TokenStream) -> None:
-        """Return once the stream is settled."""
-        future = asyncio.get_running_loop().create_future()
-        self._waiting[future] = stream
-        try:
-            if not stream.is_settled:  # looked at after registering: a step in between would wake this future
-                await future
-        finally:
-            self._waiting.pop(future, None)
-
-    def wake_settled(self) -> None:
-        """Wake every reader whose stream is settled, with one call into each event loop."""
-        by_loop = defaultdict(list)
-        for future, stream in self._waiting.copy().items():
-            if stream.is_settled:
-                self._waiting.pop(future, None)
-                by_loop[future.get_loop()].append(future)
-        for loop, futures in by_loop.items():
-            try:
-                loop.call_soon_threadsafe(_wake, futures)
-            except RuntimeError:  # the loop was closed under its readers; nobody is left to wake
-                logger.debug("%d readers went away with their event loop", len(futures))
-
-
-def _wake(futures: list[asyncio.Future[None]]) -> None:
-    for future in futures:
-        if not future.done():
-            future.set_result(None)

@@ -69,6 +69,16 @@ class TokenStream:
         return self._closed or self._request.is_settled
 
     @property
+    def num_unread(self) -> int:
+        """Outputs that a read would return without waiting."""
+        return 0 if self._closed else len(self._request.outputs)
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether no further output will be made; some may be left to read."""
+        return self._closed or self._request.finish_reason is not None
+
+    @property
     def is_paused(self) -> bool:
         """Whether `pause` was called and neither `resume` nor a read that found nothing since."""
         return self._paused
@@ -82,8 +92,8 @@ class TokenStream:
 
         The blocks may be taken for others; then they are computed again.
         """
-        self._paused = True
         self._driver.set_paused(self._request, True)
+        self._paused = True  # only now: a reader in another thread that sees it resumes, and must be the last word
 
     def resume(self) -> None:
         """Undo `pause`."""
@@ -103,10 +113,11 @@ class TokenStream:
         request = self._request
         while not self._closed:
             has_ended = request.finish_reason is not None  # asked first: a last output may arrive while we look for one
-            try:
-                return request.outputs.popleft()
-            except IndexError:  # nothing to read yet, or a second reader was faster
-                pass
+            if request.outputs:
+                try:
+                    return request.outputs.popleft()
+                except IndexError:  # a second reader was faster
+                    continue
             if has_ended:
                 if request.error is not None:
                     raise request.error

@@ -20,7 +20,7 @@ from inferneo_core import (
     SamplingParams,
     StepFailed,
 )
-from inferneo_core.async_engine import _Readers
+from inferneo_core.readers import Readers
 
 PROMPT = [5, 80, 200, 13, 7]
 LONG_PROMPT = [(7 * i) % 250 for i in range(100)]
@@ -366,7 +366,7 @@ async def anext_after(stream: AsyncTokenStream, count: int) -> None:
 
 
 def test_reader_collected_while_others_are_woken_does_no_harm(background: Any) -> None:
-    readers = _Readers()
+    readers = Readers()
 
     class Unsettled:
         is_settled = False

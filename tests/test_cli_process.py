@@ -30,7 +30,9 @@ main()
 """
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["-h"], ["generate", "--help"], ["chat", "--help"], ["info", "-h"]])
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["-h"], ["generate", "--help"], ["chat", "--help"], ["info", "-h"], ["serve", "-h"]]
+)
 def test_help_loads_neither_torch_nor_the_engine(arguments):
     code = """
 import sys
@@ -39,7 +41,7 @@ try:
     main()
 except SystemExit as exit:
     assert not exit.code, exit.code
-loaded = {"torch", "numpy", "inferneo_core", "openai"} & set(sys.modules)
+loaded = {"torch", "numpy", "inferneo_core", "openai", "fastapi", "uvicorn"} & set(sys.modules)
 assert not loaded, loaded
 """
     command = [sys.executable, "-c", code, *arguments]

@@ -14,7 +14,7 @@ from hypothesis import given, strategies as st
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from inferneo_core.errors import CorruptWeights, InvalidPrompt, ModelNotFound, UnsupportedModel
-from inferneo_core.tokenizer import Tokenizer
+from inferneo_core.tokenizer import LONG_TEXT, Tokenizer
 from inferneo_core.tokenizer_spec import byte_alphabet
 
 BPE = json.loads((Path(__file__).parent / "golden" / "tokenizer_bpe.json").read_text())
@@ -215,11 +215,27 @@ def test_id_outside_the_vocabulary_is_refused(token_id: int) -> None:
 
 @pytest.mark.parametrize(
     ("text", "words"),
-    [("ab\ud800c", r"U\+D800 at index 2"), (b"bytes", "text is a bytes"), (None, "text is a NoneType")],
+    [
+        ("ab\ud800c", r"U\+D800 at index 2"),
+        ("a" * LONG_TEXT + "\ud800", rf"U\+D800 at index {LONG_TEXT}"),
+        (b"bytes", "text is a bytes"),
+        (b"b" * LONG_TEXT, "text is a bytes"),
+        (None, "text is a NoneType"),
+    ],
 )
 def test_text_that_cannot_be_encoded_is_refused(text: Any, words: str) -> None:
     with pytest.raises(InvalidPrompt, match=words):
         TINY.encode(text)
+
+
+def test_long_text_has_the_ids_of_the_backend() -> None:
+    text = " ".join(TEXTS) * (LONG_TEXT // 10)
+    for length in (LONG_TEXT - 1, LONG_TEXT, LONG_TEXT + 1, 9 * LONG_TEXT):
+        part = text[:length]
+        assert len(part) == length
+        assert (
+            TINY.encode(part, add_special_tokens=False) == TINY._spec.backend.encode(part, add_special_tokens=False).ids
+        )
 
 
 def test_unknown_argument_is_a_type_error() -> None:
