@@ -4,10 +4,12 @@
 #   PYTHON       the interpreter that makes the virtual environment (default: python3)
 #   PIP_ARGS     passed to every pip, e.g. PIP_ARGS="--extra-index-url URL" to choose where torch comes from
 #   PYTEST_ARGS  passed to pytest, e.g. PYTEST_ARGS="-k scheduler -x"
+#   BENCH_ARGS   passed to the benchmarks, e.g. BENCH_ARGS="--verb attention --compare build/bench/result.json"
 
 PYTHON ?= python3
 PIP_ARGS ?=
 PYTEST_ARGS ?=
+BENCH_ARGS ?=
 MODEL ?= smollm2-135m-instruct
 PROMPT ?= What is the capital of France, and what is it famous for?
 
@@ -18,6 +20,7 @@ PIP := $(BIN)/python -m pip install $(PIP_ARGS) -c constraints.txt
 # A stamp is an empty file whose time says when its step was last done.
 TORCH_STAMP := $(VENV)/.stamp-torch
 CLI_STAMP := $(VENV)/.stamp-cli
+SERVER_STAMP := $(VENV)/.stamp-server
 DEV_STAMP := $(VENV)/.stamp-dev
 PEERS := .venv-peers
 PEERS_STAMP := $(PEERS)/.stamp
@@ -25,13 +28,16 @@ CSRC := $(shell find csrc -type f -name '*.cpp' -o -type f -name '*.h')
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test test-fast lint format aot-report bench bench-peers clean distclean preflight
+.PHONY: help demo serve test test-fast lint format aot-report bench bench-full bench-peers clean distclean preflight
 
 help:  ## Show this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 20
 
 demo: $(CLI_STAMP)  ## Install, fetch the default model, stream an answer
 	@$(BIN)/inferneo generate $(MODEL) "$(PROMPT)" --chat --max-tokens 128 --temperature 0
+
+serve: $(SERVER_STAMP)  ## Serve the default model at http://localhost:8000 until Ctrl-C
+	@$(BIN)/inferneo serve $(MODEL)
 
 test: $(DEV_STAMP)  ## Run every test
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
@@ -54,8 +60,11 @@ aot-report: $(DEV_STAMP)  ## Compile every GPU kernel for every chip; write benc
 	env -u TRITON_INTERPRET $(BIN)/python -m inferneo_kernels.aot --report > benchmarks/results/aot.md.new
 	mv benchmarks/results/aot.md.new benchmarks/results/aot.md
 
-bench: $(DEV_STAMP)  ## Run the benchmarks
-	$(BIN)/python -m pytest benchmarks -o python_files='bench_*.py' --benchmark-only $(PYTEST_ARGS)
+bench: $(DEV_STAMP)  ## Time every verb against this machine's roofline (3 minutes); report in build/bench
+	$(BIN)/python -m inferneo_benchmarks --output build/bench $(BENCH_ARGS)
+
+bench-full: $(DEV_STAMP)  ## The same for every model, type and shape; report in build/bench-full
+	$(BIN)/python -m inferneo_benchmarks --full --output build/bench-full $(BENCH_ARGS)
 
 bench-peers: $(DEV_STAMP) $(PEERS_STAMP)  ## Compare with other engines on the same model file
 	$(BIN)/python benchmarks/compare_peers.py --peers-python $(PEERS)/bin/python
@@ -69,7 +78,7 @@ $(PEERS_STAMP): | preflight
 
 clean:  ## Remove what was built; keep the virtual environment's packages
 	rm -rf build dist *.egg-info inferneo_core/_C*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
-	rm -f $(CLI_STAMP) $(DEV_STAMP)
+	rm -f $(CLI_STAMP) $(SERVER_STAMP) $(DEV_STAMP)
 	find inferneo_core inferneo kernels tests benchmarks -name __pycache__ -prune -exec rm -rf {} +
 
 distclean: clean  ## Remove the virtual environments too
@@ -85,7 +94,11 @@ $(CLI_STAMP): $(TORCH_STAMP) pyproject.toml setup.py $(CSRC)
 	$(PIP) --no-build-isolation -e '.[cli]'
 	@touch $@
 
-# The package is installed by now, so this adds only what the extra names and compiles nothing again.
+# The package is installed by now, so these add only what the extras name and compile nothing again.
+$(SERVER_STAMP): $(CLI_STAMP)
+	$(PIP) 'inferneo[server,client]'
+	@touch $@
+
 $(DEV_STAMP): $(CLI_STAMP)
 	$(PIP) 'inferneo[dev]'
 	@touch $@

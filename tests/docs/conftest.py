@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 import urllib.request
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -23,7 +24,7 @@ BIN = Path(sys.executable).parent
 MAKE = shutil.which("make")
 MODEL = "smollm2-135m-instruct"
 GUIDE_MODEL = "meta-llama/Llama-2-7b-chat-hf"
-TIMEOUT = 90  # seconds until a process has failed; a machine may be slow
+TIMEOUT = 300  # seconds until a process has failed; a machine may be slow
 SERVE = f"inferneo serve {MODEL} --threads 1 --served-model-name {MODEL} --served-model-name {GUIDE_MODEL}"
 
 
@@ -45,8 +46,9 @@ class Server:
 
     def statuses(self) -> Counter[str]:
         """How many completions ended with each status so far, once none is open any more."""
+        deadline = time.monotonic() + TIMEOUT
         while self._figures("num_requests_open")[""]:
-            pass
+            assert time.monotonic() < deadline, "a request has not ended"
         return self._figures("requests_total", "status")
 
     def _figures(self, name: str, label: str = "") -> Counter[str]:
