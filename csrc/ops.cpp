@@ -98,9 +98,9 @@ void sample_rows(const Tensor& logits, const Tensor& floats, const Tensor& ints,
 
 }  // namespace
 
-Tensor sample(Team& team, const Tensor& logits, const Tensor& floats, const Tensor& ints,
-              const std::optional<Tensor>& token_counts, const std::optional<Tensor>& bias_start,
-              const std::optional<Tensor>& bias_ids, const std::optional<Tensor>& bias_values) {
+void sample(Team& team, const Tensor& logits, const Tensor& floats, const Tensor& ints,
+            const std::optional<Tensor>& token_counts, const std::optional<Tensor>& bias_start,
+            const std::optional<Tensor>& bias_ids, const std::optional<Tensor>& bias_values, const Tensor& token_ids) {
   const Tensor x = checked_logits(logits);
   const int64_t num_seqs = x.size(0);
   const int64_t vocab_size = x.size(1);
@@ -115,11 +115,8 @@ Tensor sample(Team& team, const Tensor& logits, const Tensor& floats, const Tens
           num_count_rows, " rows");
   }
   const auto biases = checked_biases(bias_start, bias_ids, bias_values, num_seqs, vocab_size);
-
-  Tensor token_ids = torch::stable::empty({num_seqs}, ScalarType::Long);
   const auto run = x.scalar_type() == ScalarType::BFloat16 ? sample_rows<BFloat16> : sample_rows<float>;
   run(x, float_rows, int_rows, counts, biases, team, mutable_data<int64_t>(token_ids));
-  return token_ids;
 }
 
 namespace {
@@ -170,7 +167,9 @@ namespace {
 Tensor sample_op(const Tensor& team, const Tensor& logits, const Tensor& floats, const Tensor& ints,
                  const std::optional<Tensor>& token_counts, const std::optional<Tensor>& bias_start,
                  const std::optional<Tensor>& bias_ids, const std::optional<Tensor>& bias_values) {
-  return sample(owned<Team>("team", team), logits, floats, ints, token_counts, bias_start, bias_ids, bias_values);
+  Tensor token_ids = torch::stable::empty({checked_logits(logits).size(0)}, ScalarType::Long);
+  sample(owned<Team>("team", team), logits, floats, ints, token_counts, bias_start, bias_ids, bias_values, token_ids);
+  return token_ids;
 }
 
 Scores score_op(const Tensor& team, const Tensor& logits, const Tensor& targets, int64_t num_logprobs) {

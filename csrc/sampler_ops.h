@@ -9,10 +9,11 @@
 
 namespace inferneo {
 
-// The arguments are a SamplingBatch's. Throws std::runtime_error, "ShapeError: ...", if they disagree.
-Tensor sample(Team& team, const Tensor& logits, const Tensor& floats, const Tensor& ints,
-              const std::optional<Tensor>& token_counts, const std::optional<Tensor>& bias_start,
-              const std::optional<Tensor>& bias_ids, const std::optional<Tensor>& bias_values);
+// Draws into token_ids, int64 [num_seqs]; the other arguments are a SamplingBatch's. Throws std::runtime_error,
+// "ShapeError: ...", if they disagree.
+void sample(Team& team, const Tensor& logits, const Tensor& floats, const Tensor& ints,
+            const std::optional<Tensor>& token_counts, const std::optional<Tensor>& bias_start,
+            const std::optional<Tensor>& bias_ids, const std::optional<Tensor>& bias_values, const Tensor& token_ids);
 
 using Scores = std::tuple<Tensor, Tensor, Tensor, Tensor>;  // logprobs, ranks, top_ids, top_logprobs
 

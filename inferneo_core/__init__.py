@@ -24,6 +24,7 @@ from inferneo_core.errors import (
     UnsupportedModel,
 )
 from inferneo_core.outputs import Completion, EngineStats, FinishReason, Logprob, Timings, TokenOutput
+from inferneo_core.profile import Profile, StepProfile, VerbTime
 from inferneo_core.sampling_params import SamplingParams
 from inferneo_core.stream import TokenStream
 from inferneo_core.tokenizer import Tokenizer
@@ -49,12 +50,14 @@ __all__ = [
     "ModelConfig",
     "ModelError",
     "ModelNotFound",
+    "Profile",
     "ProgressBar",
     "PromptTooLong",
     "RequestError",
     "SamplingParams",
     "ShapeError",
     "StepFailed",
+    "StepProfile",
     "StreamCallback",
     "StreamMetrics",
     "Timings",
@@ -63,5 +66,6 @@ __all__ = [
     "Tokenizer",
     "UnsafeWeights",
     "UnsupportedModel",
+    "VerbTime",
     "stream_with_callback",
 ]

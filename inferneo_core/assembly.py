@@ -83,7 +83,7 @@ def assemble(model: str | Path, config: EngineConfig) -> EngineParts:
         device=device,
     )
     limits = {"max_num_seqs": config.max_num_seqs, "max_model_len": max_model_len}
-    graphs = DecodeGraphs(llama, cache, ops, **limits) if isinstance(ops, GraphOps) else None
+    graphs = DecodeGraphs(llama, cache, ops, builder.token_counts, **limits) if isinstance(ops, GraphOps) else None
     tape = CpuGraph(llama, cache, ops) if isinstance(ops, CpuOps) else None
     runner = ModelRunner(llama, cache, ops, builder, graphs, tape)
     if device.type == "cuda":

@@ -75,6 +75,7 @@ TOP_K, SEED, POSITION, CHOICE, COUNT_ROW = range(5)
 NUM_FLOATS, NUM_INTS = 7, 5
 
 PROMPT_BIT = 1 << 30  # in SamplingBatch.token_counts: the token stands in the prompt
+ALWAYS = 2**31 - 1  # in SamplingBatch.bias_steps: the bias never runs out
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +96,8 @@ class SamplingBatch:
         num_logprobs: how many of the most likely tokens to report a row; -1 reports no log-probability at all.
         has_filters: whether a row may have one (top-k, typical, top-p, min-p). A backend that knows on the host that
             none has can skip the search for cut-offs; True is always right.
+        bias_steps: [num_biases] int32; how many draws, from this one on, each bias is there for. A draw itself does not
+            look at them: `advance` does, between two draws that the host has no part in. None: there are no biases.
     """
 
     floats: Tensor
@@ -105,6 +108,7 @@ class SamplingBatch:
     bias_values: Tensor | None
     num_logprobs: int
     has_filters: bool = True
+    bias_steps: Tensor | None = None
 
     @property
     def num_seqs(self) -> int:
@@ -160,6 +164,10 @@ class DecodeState:
         seq_lens: [num_rows] int32; tokens in the cache once it is stored.
         block_tables: [num_rows, max_blocks] int32.
         sampling_ints: [num_rows, 5] int64; SamplingBatch.ints, of which POSITION moves on.
+        token_counts: [max_num_seqs, vocab_size] int32; SamplingBatch.token_counts, where the drawn tokens are counted.
+        bias_start: [num_rows + 1] int32; SamplingBatch.bias_start, all zeros where there are no biases.
+        bias_values: [max_biases] fp32; SamplingBatch.bias_values, 0 once a bias has run out.
+        bias_steps: [max_biases] int32; SamplingBatch.bias_steps as of step 0.
         ring: [ring_size, num_rows] int64; step i leaves its tokens in row i % ring_size.
         step: [1] int64; how many steps have been taken since the host wrote the state.
     """
@@ -170,6 +178,10 @@ class DecodeState:
     seq_lens: Tensor
     block_tables: Tensor
     sampling_ints: Tensor
+    token_counts: Tensor
+    bias_start: Tensor
+    bias_values: Tensor
+    bias_steps: Tensor
     ring: Tensor
     step: Tensor
 

@@ -7,6 +7,7 @@ preallocated arrays and is only brought up to date, so a decode step costs littl
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import numpy as np
@@ -15,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from inferneo_core.batch import (
+    ALWAYS,
     CHOICE,
     COUNT_ROW,
     NUM_FLOATS,
@@ -25,6 +27,7 @@ from inferneo_core.batch import (
     ModelInput,
     SamplingBatch,
 )
+from inferneo_core.decode_arrays import DecodeArrays
 from inferneo_core.scheduler import ScheduledBatch
 from inferneo_core.sequence import Sequence
 
@@ -38,40 +41,20 @@ class _Row:
         self.index = index
         self.block_table: list[int] | None = None  # the list that was copied; preemption gives a sequence a new one
         self.num_blocks = 0
-        self.num_counted = 0
+        self.num_counted = 0  # tokens in the penalty counts, those that a step in flight will draw included
         self.bias: dict[int, float] | None = None
         # Tensors over this row of the arrays, made when the sequence is first alone in a batch.
         self.table_view: Tensor | None = None
         self.parameter_views: tuple[Tensor, Tensor] | None = None
 
 
-class _DecodeViews(NamedTuple):
-    """The tensors of a step that decodes, over arrays that every such step writes anew."""
+class _Biases(NamedTuple):
+    """SamplingBatch's fields of these names; all None where there are no biases."""
 
-    token_ids: Tensor
-    positions: Tensor
-    slots: Tensor
-    seq_lens: Tensor
-    query_start_loc: Tensor
-    rows: Tensor
-
-
-class _DecodeArrays:
-    """What differs between steps that decode, one entry a sequence."""
-
-    def __init__(self, max_num_seqs: int) -> None:
-        self.token_ids, self.positions, self.slots = np.zeros((3, max_num_seqs), dtype=np.int64)
-        self.seq_lens = np.zeros(max_num_seqs, dtype=np.int32)
-
-    def views(self, num_seqs: int) -> _DecodeViews:
-        return _DecodeViews(
-            token_ids=torch.from_numpy(self.token_ids[:num_seqs]),
-            positions=torch.from_numpy(self.positions[:num_seqs]),
-            slots=torch.from_numpy(self.slots[:num_seqs]),
-            seq_lens=torch.from_numpy(self.seq_lens[:num_seqs]),
-            query_start_loc=torch.arange(num_seqs + 1, dtype=torch.int32),
-            rows=torch.arange(num_seqs),
-        )
+    bias_start: Tensor | None = None
+    bias_ids: Tensor | None = None
+    bias_values: Tensor | None = None
+    bias_steps: Tensor | None = None
 
 
 class BatchBuilder:
@@ -97,13 +80,28 @@ class BatchBuilder:
         self._floats = np.zeros((max_num_seqs, NUM_FLOATS), dtype=np.float32)
         self._ints = np.zeros((max_num_seqs, NUM_INTS), dtype=np.int64)
         self._counts: Tensor | None = None  # [max_num_seqs, vocab_size] int32, made when a penalty is first asked for
-        self._decode_arrays = _DecodeArrays(max_num_seqs)
-        self._decode = self._decode_arrays.views(1)
+        self._decode = DecodeArrays(max_num_seqs, block_size)
+        self._decode_inputs: ModelInput | None = None  # of the step being built, if it decodes
+
+    @property
+    def token_counts(self) -> Tensor:
+        """[max_num_seqs, vocab_size] int32 on the device: SamplingBatch.token_counts of every batch that has any."""
+        if self._counts is None:
+            self._counts = torch.zeros(self._max_rows, self._vocab_size, dtype=torch.int32, device=self._device)
+        return self._counts
+
+    def next_decode(self, batch: ScheduledBatch) -> ModelInput | None:
+        """The ModelInput that `model_input` gave last, moved on to this step with its SamplingBatch; None where this
+        step needs others. Its `attention.max_seq_len` stays what it was."""
+        return self._decode.move_on(batch.sequences)
 
     def model_input(self, batch: ScheduledBatch) -> ModelInput:
         """The step's tokens, their slots, and which rows of the output are sampled. Valid until the next is built."""
+        self._decode.forget()
+        self._decode_inputs = None
         if batch.num_tokens == len(batch.sequences) and all(share.samples for share in batch.sequences):
-            return self._decode_input(batch)
+            self._decode_inputs = self._decode_input(batch)
+            return self._decode_inputs
         token_ids: list[int] = []
         positions: list[NDArray[np.int64]] = []
         rows: list[int] = []
@@ -140,25 +138,13 @@ class BatchBuilder:
         )
 
     def _decode_input(self, batch: ScheduledBatch) -> ModelInput:
-        """The same for a step in which every sequence computes one token and draws one: most steps, and the shortest.
-
-        It writes into arrays that the last step's tensors already view: making a tensor costs 15 us in a cold cache.
-        """
-        size, arrays = self._block_size, self._decode_arrays
-        rows = []
-        max_seq_len = 0
-        for i, (sequence, start, _, _) in enumerate(batch.sequences):
-            rows.append(self._row(sequence))
-            arrays.token_ids[i] = sequence.token_ids[start]
-            arrays.positions[i] = start
-            arrays.slots[i] = sequence.block_table[start // size] * size + start % size
-            arrays.seq_lens[i] = start + 1
-            max_seq_len = max(max_seq_len, start + 1)
-        if len(rows) != len(self._decode.token_ids):
-            self._decode = arrays.views(len(rows))
-        views = self._decode
+        """The same where every sequence computes one token and draws one: most steps, and the shortest."""
+        rows = [self._row(share.sequence) for share in batch.sequences]
+        self._decode.write(batch.sequences)
+        views = self._decode.views(len(rows))
+        max_seq_len = max(share.start for share in batch.sequences) + 1
         # With the block of the token to be drawn, as in model_input.
-        tables = self._tables(rows, max_seq_len // size + 1)
+        tables = self._tables(rows, max_seq_len // self._block_size + 1)
         attention = AttentionMetadata(views.query_start_loc, views.seq_lens, tables, 1, max_seq_len)
         return ModelInput(views.token_ids, views.positions, views.slots, attention, views.rows)
 
@@ -177,23 +163,27 @@ class BatchBuilder:
         for row, sequence in zip(rows, sequences, strict=True):
             self._ints[row.index, POSITION] = sequence.num_tokens
         floats, ints = self._parameters(rows)
-        penalised = False
-        for row, sequence in zip(rows, sequences, strict=True):
-            if sequence.params.needs_penalties:
-                self._count(row, sequence)
-                penalised = True
-        bias_start, bias_ids, bias_values = self._biases(rows, sequences)
+        penalised = [(row, seq) for row, seq in zip(rows, sequences, strict=True) if seq.params.needs_penalties]
+        self._count(penalised)
         wanted = [sequence.params.logprobs for sequence in sequences if sequence.params.logprobs is not None]
-        return SamplingBatch(
+        sampling = SamplingBatch(
             floats=floats,
             ints=ints,
-            token_counts=self._counts if penalised else None,
-            bias_start=bias_start,
-            bias_ids=bias_ids,
-            bias_values=bias_values,
+            token_counts=self.token_counts if penalised else None,
             num_logprobs=max(wanted, default=-1),
             has_filters=any(sequence.params.has_filters for sequence in sequences),
+            **self._biases(rows, sequences)._asdict(),
         )
+        if self._decode_inputs is not None:
+            self._decode.keep(sequences, self._decode_inputs, sampling)
+        return sampling
+
+    def device_counts(self, sequences: Iterable[Sequence]) -> None:
+        """Note that the device counts the token that each sequence is about to draw. To be called before its step is
+        launched: a step that then does not come to its end leaves too much noted, and the sequence is counted anew."""
+        for sequence in sequences:
+            if sequence.params.needs_penalties:
+                self._rows[sequence.seq_id].num_counted += 1
 
     def _parameters(self, rows: list[_Row]) -> tuple[Tensor, Tensor]:
         """SamplingBatch.floats and .ints of these rows; of a single one, views."""
@@ -244,40 +234,47 @@ class BatchBuilder:
         self._ints[row.index, COUNT_ROW] = row.index if params.needs_penalties else -1
         return row
 
-    def _count(self, row: _Row, sequence: Sequence) -> None:
-        """Bring the sequence's penalty counts up to its accepted tokens. Counting twice cannot happen: a repeated
-        step finds them counted."""
-        if self._counts is None:
-            self._counts = torch.zeros(self._max_rows, self._vocab_size, dtype=torch.int32, device=self._device)
-        counts = self._counts[row.index]
-        if row.num_counted == 0:
-            counts.zero_()
-            prompt = torch.tensor(sequence.token_ids[: sequence.num_prompt_tokens], device=self._device)
-            counts[prompt] = PROMPT_BIT
-            row.num_counted = sequence.num_prompt_tokens
-        new = sequence.token_ids[row.num_counted :]
-        if new:
-            ids = torch.tensor(new, device=self._device)
-            counts.index_add_(0, ids, torch.ones_like(ids, dtype=torch.int32))
-            row.num_counted = sequence.num_tokens
+    def _count(self, penalised: list[tuple[_Row, Sequence]]) -> None:
+        """Bring sequences' penalty counts up to their accepted tokens. Those that the device has counted are; one whose
+        counts hold a token that was drawn and not accepted is counted anew."""
+        behind = [(row, seq) for row, seq in penalised if row.num_counted != seq.num_tokens]
+        if not behind:
+            return
+        counts = self.token_counts
+        places: list[int] = []
+        for row, seq in behind:
+            # An interrupt before the last line leaves nothing counted.
+            num_counted, row.num_counted = row.num_counted, 0
+            if not 0 < num_counted < seq.num_tokens:
+                counts[row.index].zero_()
+                num_counted = seq.num_prompt_tokens
+                counts[row.index, torch.tensor(seq.token_ids[:num_counted], device=self._device)] = PROMPT_BIT
+            places += [row.index * self._vocab_size + token_id for token_id in seq.token_ids[num_counted:]]
+        if places:
+            index = torch.tensor(places, device=self._device)
+            counts.view(-1).index_add_(0, index, torch.ones_like(index, dtype=torch.int32))
+        for row, seq in behind:
+            row.num_counted = seq.num_tokens
 
-    def _biases(
-        self, rows: list[_Row], sequences: list[Sequence]
-    ) -> tuple[Tensor, Tensor, Tensor] | tuple[None, None, None]:
+    def _biases(self, rows: list[_Row], sequences: list[Sequence]) -> _Biases:
         """logit_bias, and -inf on the ends of text while min_tokens withholds them."""
-        starts, ids, values = [0], list[int](), list[float]()
+        starts, ids, values, steps = [0], list[int](), list[float](), list[int]()
         for row, sequence in zip(rows, sequences, strict=True):
             if row.bias:
                 ids += row.bias.keys()
                 values += row.bias.values()
-            if sequence.num_output_tokens < sequence.params.min_tokens:
+                steps += [ALWAYS] * len(row.bias)
+            num_withheld = sequence.params.min_tokens - sequence.num_output_tokens
+            if num_withheld > 0:
                 ids += sequence.stop_ids
                 values += [float("-inf")] * len(sequence.stop_ids)
+                steps += [num_withheld] * len(sequence.stop_ids)
             starts.append(len(ids))
         if not ids:
-            return None, None, None
-        return (
+            return _Biases()
+        return _Biases(
             torch.from_numpy(np.array(starts, dtype=np.int32)),
             torch.from_numpy(np.array(ids, dtype=np.int32)),
             torch.from_numpy(np.array(values, dtype=np.float32)),
+            torch.from_numpy(np.array(steps, dtype=np.int32)),
         )

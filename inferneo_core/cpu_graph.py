@@ -29,8 +29,11 @@ class CpuGraph:
         x = model.forward(recorder, _any_input(), cache)
         recorder.lm_head(x, model.norm, model.head)
         self._tape = recorder.tape
+        self._verbs = (*recorder.verbs, "sample")
         self._team = ops.team
         self._step = torch.ops.inferneo.tape_step.default  # bound once: the lookup costs microseconds
+        self._again = torch.ops.inferneo.tape_again.default
+        self._last: tuple[ModelInput, SampleOutput] | None = None
 
     def launch(self, inputs: ModelInput, sampling: SamplingBatch | None) -> SampleOutput | None:
         """Run a step. Returns what its rows draw; None, without `sampling`, where none does.
@@ -40,6 +43,7 @@ class CpuGraph:
         """
         batch = (None,) * 6 if sampling is None else _sampling_tensors(sampling)
         num_logprobs = -1 if sampling is None else sampling.num_logprobs
+        self._last = None
         try:
             outputs = self._step(
                 self._tape,
@@ -54,7 +58,40 @@ class CpuGraph:
             )
         except RuntimeError as error:
             raise typed(error) from None
-        return SampleOutput(*outputs) if outputs else None
+        if not outputs:
+            return None
+        output = SampleOutput(*outputs)
+        if num_logprobs < 0:
+            self._last = inputs, output
+        return output
+
+    def holds(self, inputs: ModelInput) -> bool:
+        """Whether the last step was one of these tensors, and can be run again with what they hold by now."""
+        return self._last is not None and self._last[0] is inputs
+
+    def again(self) -> SampleOutput:
+        """Run the last step again, with what its tensors hold now: its sampler's, too.
+
+        Returns:
+            The output that `launch` gave, overwritten.
+        Raises:
+            ShapeError: as `launch` does.
+        """
+        assert self._last is not None, "no step can be run again"
+        try:
+            self._again(self._tape, self._team)
+        except RuntimeError as error:
+            raise typed(error) from None
+        return self._last[1]
+
+    def time_verbs(self, on: bool) -> None:
+        """Whether each verb of the steps to come is timed, inside C++: one look at the clock a verb."""
+        torch.ops.inferneo.tape_time(self._tape, on)
+
+    def verb_times(self) -> list[tuple[str, float]]:
+        """(verb, seconds) of the last step that was timed, in order; the sampler's last."""
+        nanoseconds: list[int] = torch.ops.inferneo.tape_times(self._tape).tolist()
+        return [(verb, time * 1e-9) for verb, time in zip(self._verbs, nanoseconds, strict=True)]
 
 
 def _sampling_tensors(batch: SamplingBatch) -> tuple[torch.Tensor | None, ...]:

@@ -8,6 +8,7 @@ never change (DecodeState). A batch runs in the smallest captured size that hold
 
 from __future__ import annotations
 
+import itertools
 import logging
 import sys
 import time
@@ -55,14 +56,25 @@ class DecodeGraphs:
 
     Args:
         model, cache, ops: what a step runs.
+        token_counts: [max_num_seqs, vocab_size] int32; the counts of every batch with penalties.
         max_num_seqs: sequences a step at most.
         max_model_len: tokens a sequence at most.
     """
 
-    def __init__(self, model: Llama, cache: KVCache, ops: GraphOps, *, max_num_seqs: int, max_model_len: int) -> None:
+    def __init__(
+        self,
+        model: Llama,
+        cache: KVCache,
+        ops: GraphOps,
+        token_counts: Tensor,
+        *,
+        max_num_seqs: int,
+        max_model_len: int,
+    ) -> None:
         self._model = model
         self._cache = cache
         self._ops = ops
+        self._token_counts = token_counts
         self._max_model_len = max_model_len
         self._sizes = batch_sizes(max_num_seqs)
         num_rows, num_blocks = self._sizes[-1], -(-max_model_len // cache.block_size)
@@ -78,6 +90,7 @@ class DecodeGraphs:
                 "bias_start": ((num_rows + 1,), torch.int32),
                 "bias_ids": ((MAX_BIASES,), torch.int32),
                 "bias_values": ((MAX_BIASES,), torch.float32),
+                "bias_steps": ((MAX_BIASES,), torch.int32),
                 "block_tables": ((num_rows, num_blocks), torch.int32),
             },
             ops.device,
@@ -85,7 +98,6 @@ class DecodeGraphs:
         self._query_start_loc = torch.arange(num_rows + 1, dtype=torch.int32, device=ops.device)
         self._rows = torch.arange(num_rows, device=ops.device)
         self._ring = torch.zeros(RING_SIZE, num_rows, dtype=torch.int64, device=ops.device)
-        self._token_counts: Tensor | None = None
         self._graphs: dict[_Kind, Callable[[], SampleOutput]] = {}
         self._last: tuple[_Kind, int, int] | None = None  # kind, sequences and log-probabilities of the last step
         self._num_ahead = 0  # steps since the host wrote the state
@@ -97,11 +109,11 @@ class DecodeGraphs:
 
     @torch.inference_mode()
     def warm_up(self) -> None:
-        """Capture plain and filtered steps of every size, largest first: the smaller ones then find their memory in its
-        pool. One graph with all that a request may ask for is captured too, so that nothing is left to compile."""
+        """Capture steps of every size with and without filters and penalties, largest first: the smaller ones then find
+        their memory in its pool. Biases and log-probabilities are captured when first met: by then all is compiled."""
         started = time.perf_counter()
-        kinds = [_Kind(rows, has_filters) for rows in reversed(self._sizes) for has_filters in (True, False)]
-        kinds.append(_Kind(self._sizes[0], has_filters=True, has_biases=True, has_logprobs=True))
+        choices = itertools.product(reversed(self._sizes), (True, False), (True, False))
+        kinds = [_Kind(num_rows, has_filters, has_penalties) for num_rows, has_filters, has_penalties in choices]
         for kind in tqdm(kinds, desc="Capturing", unit="graph", leave=False, disable=not sys.stderr.isatty()):
             self._graph(kind)
         seconds = time.perf_counter() - started
@@ -130,9 +142,7 @@ class DecodeGraphs:
             sampling.bias_start is not None,
             sampling.num_logprobs >= 0,
         )
-        if kind.has_penalties:
-            assert self._token_counts is None or self._token_counts is sampling.token_counts, "a graph's counts moved"
-            self._token_counts = sampling.token_counts
+        assert sampling.token_counts is None or sampling.token_counts is self._token_counts, "these are other counts"
         self._arena.settle()
         self._fill(inputs, sampling)
         self._pad(num_seqs, kind.num_rows)
@@ -185,7 +195,9 @@ class DecodeGraphs:
             "bias_start": sampling.bias_start,
             "bias_ids": sampling.bias_ids,
             "bias_values": sampling.bias_values,
+            "bias_steps": sampling.bias_steps,
         }
+        self._arena.host["bias_start"].zero_()
         for name, tensor in fields.items():
             if tensor is not None:
                 self._arena.host[name][: len(tensor)] = tensor
@@ -225,6 +237,10 @@ class DecodeGraphs:
             seq_lens=rows["seq_lens"],
             block_tables=rows["block_tables"],
             sampling_ints=rows["ints"],
+            token_counts=self._token_counts,
+            bias_start=self._arena.device["bias_start"][: kind.num_rows + 1],
+            bias_values=self._arena.device["bias_values"],
+            bias_steps=self._arena.device["bias_steps"],
             ring=self._ring[:, : kind.num_rows],
             step=rows["step"],
         )
@@ -242,9 +258,9 @@ class DecodeGraphs:
             floats=rows["floats"],
             ints=rows["ints"],
             token_counts=self._token_counts if kind.has_penalties else None,
-            bias_start=self._arena.device["bias_start"][: kind.num_rows + 1] if kind.has_biases else None,
+            bias_start=state.bias_start if kind.has_biases else None,
             bias_ids=self._arena.device["bias_ids"] if kind.has_biases else None,
-            bias_values=self._arena.device["bias_values"] if kind.has_biases else None,
+            bias_values=state.bias_values if kind.has_biases else None,
             num_logprobs=min(MAX_LOGPROBS, self._model.head.out_features) if kind.has_logprobs else -1,
             has_filters=kind.has_filters,
         )

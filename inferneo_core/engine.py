@@ -19,6 +19,7 @@ from inferneo_core.batch import SampleOutput
 from inferneo_core.config import EngineConfig
 from inferneo_core.errors import EngineClosed, StepFailed
 from inferneo_core.outputs import Completion, EngineStats
+from inferneo_core.profile import Profile, StepObserver
 from inferneo_core.prompt import Prompt, encode_prompt, make_sequence, pair_params
 from inferneo_core.request import Request
 from inferneo_core.runner import Pending, PromptScores, logprobs_of
@@ -167,6 +168,31 @@ class Engine:
         """Run one step for every live stream; False when there was nothing to do. Streams call this by themselves."""
         return self._driver.step()
 
+    def profile(self, prompt: Prompt, params: SamplingParams | None = None) -> Profile:
+        """Generate one answer and time every verb of its steps; needs no tool from outside.
+
+        Other streams share the steps and are in their times. A GPU's decode steps run verb by verb, not as one graph:
+        the verbs' times are the device's own, the steps' are longer than when served.
+
+        Args:
+            prompt, params: as `stream` takes them.
+        Raises:
+            RequestError, StepFailed, EngineClosed: as `stream` and its iteration do.
+        """
+        with self.stream(prompt, params) as stream:
+            observer = StepObserver(self._runner.ops.device)
+            self._driver.submit(partial(self._runner.observe, observer))
+            try:
+                while stream.finish_reason is None:
+                    while not stream.is_settled:
+                        started = time.perf_counter()
+                        self.step()
+                        observer.end_step(time.perf_counter() - started)
+                    next(stream)
+            finally:
+                self._driver.post(partial(self._runner.observe, None))
+            return Profile(stream.completion(), tuple(observer.steps))
+
     def stats(self) -> EngineStats:
         """A snapshot of the engine's gauges and counters."""
         with self._driver.between_steps():
@@ -238,7 +264,8 @@ class Engine:
             sampled = pending.wait()
             token_ids = [] if sampled is None else sampled.token_ids.tolist()
             repeatable = False
-            self._fail_undrawn(batch, token_ids)
+            if -1 in token_ids:
+                self._fail_undrawn(batch, token_ids)
             self._scheduler.update(batch, token_ids)
             num_sampled = self._deliver(batch, pending.prompt_scores, sampled)
         except Exception as error:
@@ -254,8 +281,9 @@ class Engine:
         return True
 
     def _launch(self, batch: ScheduledBatch) -> Pending:
-        for share in batch.sequences:
-            self._requests[share.sequence.seq_id].start_prefill()
+        for sequence, start, _, _ in batch.sequences:
+            if start < sequence.num_prompt_tokens:
+                self._requests[sequence.seq_id].start_prefill()
         return self._runner.launch(batch)
 
     def _launch_ahead(self, batch: ScheduledBatch, pending: Pending) -> tuple[ScheduledBatch, Pending] | None:
@@ -287,8 +315,6 @@ class Engine:
 
     def _fail_undrawn(self, batch: ScheduledBatch, token_ids: list[int]) -> None:
         """End the requests for which the sampler found no token to draw; it marks them with -1."""
-        if -1 not in token_ids:
-            return
         sampling = (share.sequence for share in batch.sequences if share.samples)
         for sequence, token_id in zip(sampling, token_ids, strict=True):
             if token_id == -1 and sequence.seq_id in self._requests:

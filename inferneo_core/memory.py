@@ -16,8 +16,9 @@ def default_cache_memory(device: torch.device) -> int:
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes of the device's memory that are free now."""
+    """Bytes of the device's memory that are free now; a GPU's allocator first gives back what it only holds."""
     if device.type == "cuda":
+        torch.cuda.empty_cache()  # else what loading has used in passing would be lost to the cache
         free, _ = torch.cuda.mem_get_info(device)
         return int(free)
     return available_memory()

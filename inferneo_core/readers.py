@@ -21,7 +21,8 @@ class Readers:
     def __init__(self) -> None:
         self._waiting: dict[asyncio.Future[None], tuple[TokenStream, ...]] = {}
         self._expiries: dict[asyncio.Future[None], float] = {}  # in the time of the future's loop
-        self._timers: dict[asyncio.AbstractEventLoop, asyncio.TimerHandle] = {}
+        # With the time of each: a loop other than asyncio's need not give a handle that knows it (uvloop's may not).
+        self._timers: dict[asyncio.AbstractEventLoop, tuple[float, asyncio.TimerHandle]] = {}
 
     async def wait(self, *streams: TokenStream, timeout: float | None = None) -> None:
         """Return once one of the streams is settled, or after so many seconds."""
@@ -53,15 +54,18 @@ class Readers:
     def _expire_at(self, when: float, future: asyncio.Future[None], loop: asyncio.AbstractEventLoop) -> None:
         """Wake the reader then. One timer a loop serves all: one a wait would cost as much as the wait itself."""
         self._expiries[future] = when
-        timer = self._timers.get(loop)
-        if timer is None:
+        if loop in self._timers:
+            earliest, timer = self._timers[loop]
+            if earliest <= when:
+                return
+            timer.cancel()
+        else:
             for closed in [other for other in self._timers.copy() if other.is_closed()]:
                 self._timers.pop(closed, None)
-        elif timer.when() <= when:
-            return
-        else:
-            timer.cancel()
-        self._timers[loop] = loop.call_at(when, self._expire, loop)
+        self._set_timer(when, loop)
+
+    def _set_timer(self, when: float, loop: asyncio.AbstractEventLoop) -> None:
+        self._timers[loop] = when, loop.call_at(when, self._expire, loop)
 
     def _expire(self, loop: asyncio.AbstractEventLoop) -> None:
         """Wake the loop's readers whose time is up, and set the timer for those who wait on."""
@@ -70,7 +74,7 @@ class Readers:
         _wake([future for when, future in mine if when <= now])
         later = [when for when, _ in mine if when > now]
         if later:
-            self._timers[loop] = loop.call_at(min(later), self._expire, loop)
+            self._set_timer(min(later), loop)
         else:
             self._timers.pop(loop, None)
 

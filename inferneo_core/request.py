@@ -51,14 +51,15 @@ class Request:
         self._last_token = now
         if self._first_token is None:
             self._first_token = now
-        text = self.decoder.push(token_id)
-        reason = self.sequence.finish_reason
-        if self.decoder.stopped:
+        sequence, decoder = self.sequence, self.decoder
+        text = decoder.push(token_id)
+        reason = sequence.finish_reason
+        if decoder.stopped:
             reason = "stop"
         elif reason is not None:
-            text += self.decoder.flush()
+            text += decoder.flush()
         self._texts.append(text)
-        wanted = self.sequence.params.logprobs
+        wanted = sequence.params.logprobs
         if logprob is not None and wanted is not None:  # a batch reports as many as its greediest sequence asked for
             logprob = Logprob(logprob.token_id, logprob.logprob, logprob.rank, logprob.top[:wanted])
             self._logprobs.append(logprob)

@@ -16,6 +16,7 @@ from inferneo_core.kv_cache import SCORE_ROWS, KVCache
 from inferneo_core.model import Llama
 from inferneo_core.ops.base import Ops
 from inferneo_core.outputs import Logprob
+from inferneo_core.profile import ObservedOps, StepObserver, trace_ranges
 from inferneo_core.scheduler import ScheduledBatch, ScheduledSequence
 from inferneo_core.sequence import Sequence
 from inferneo_core.warm_up import warm_up
@@ -103,6 +104,7 @@ class ModelRunner:
         self._graphs = graphs
         self._tape = tape
         self._copies = torch.cuda.Stream(ops.device) if ops.device.type == "cuda" else None
+        self._observer: StepObserver | None = None
 
     def release(self) -> None:
         """Drop the weights and the cache; the runner is of no use afterwards."""
@@ -120,28 +122,56 @@ class ModelRunner:
         """Makes the runner's GPU the current one, where Triton launches; whichever thread comes here."""
         return torch.cuda.device(self.ops.device) if self.ops.device.type == "cuda" else nullcontext()
 
+    def observe(self, observer: StepObserver | None) -> None:
+        """Have the verbs of every later step timed; None ends it."""
+        self._observer = observer
+        if self._tape is not None:
+            self._tape.time_verbs(observer is not None)
+
     def launch(self, batch: ScheduledBatch) -> Pending:
         """Start one step. Nothing that a repeated launch of the same batch would change is changed."""
+        around = trace_ranges()
+        if self._observer is not None:
+            self._observer.begin_step(batch.num_tokens, len(batch.sequences))
+        tape = self._tape if around is None else None
+        if tape is not None:
+            again = self._builder.next_decode(batch)
+            if again is not None and tape.holds(again):
+                return self._taped(tape, tape.again())
         inputs = self._builder.model_input(batch)
         sampled = [share.sequence for share in batch.sequences if share.samples]
         sampling = self._builder.sampling_batch(sampled) if sampled else None
-        if self._tape is not None and not any(map(_scores_its_prompt, batch.sequences)):
-            return Pending(self._tape.launch(inputs, sampling), [])
+        if tape is not None and not any(map(_scores_its_prompt, batch.sequences)):
+            return self._taped(tape, tape.launch(inputs, sampling))
+        if self._observer is not None:
+            around = self._observer.around
+        ops: Ops = self.ops if around is None else ObservedOps(self.ops, around)
         with torch.inference_mode(), self._on_device():
-            if self._graphs is not None and sampling is not None and self._graphs.takes(inputs, sampling):
-                output = self._graphs.launch(inputs, sampling)
-                return self._pending(output, [], can_go_on=not any(map(_awaits_its_token, sampled)))
-            return self._launch(batch, inputs, sampling)
+            if (
+                around is None
+                and self._graphs is not None
+                and sampling is not None
+                and self._graphs.takes(inputs, sampling)
+            ):
+                self._builder.device_counts(sampled)
+                return self._pending(self._graphs.launch(inputs, sampling), [], can_go_on=True)
+            return self._launch(batch, inputs, sampling, ops)
 
-    def _launch(self, batch: ScheduledBatch, inputs: ModelInput, sampling: SamplingBatch | None) -> Pending:
+    def _taped(self, tape: CpuGraph, output: SampleOutput | None) -> Pending:
+        """A step that the tape has run."""
+        if self._observer is not None:
+            self._observer.add(tape.verb_times())
+        return Pending(output, [])
+
+    def _launch(self, batch: ScheduledBatch, inputs: ModelInput, sampling: SamplingBatch | None, ops: Ops) -> Pending:
         """A step as calls of the verbs."""
         inputs = inputs.to(self.ops.device)
-        x = self.model.forward(self.ops, inputs, self.cache)
+        x = self.model.forward(ops, inputs, self.cache)
         prompt_scores = self._score_prompts(batch, x)
         if sampling is None:
             return Pending(None, prompt_scores)
         sampling = sampling.to(self.ops.device)
-        output = self.ops.next_tokens(x, self.model.norm, self.model.head, inputs.rows, sampling)
+        output = ops.next_tokens(x, self.model.norm, self.model.head, inputs.rows, sampling)
         return self._pending(output, prompt_scores)
 
     def launch_ahead(self, batch: ScheduledBatch) -> Pending:
@@ -157,6 +187,7 @@ class ModelRunner:
             for row, share in enumerate(batch.sequences)
             if (share.start + 1) % block_size == 0
         ]
+        self._builder.device_counts(share.sequence for share in batch.sequences)
         with torch.inference_mode(), self._on_device():
             return self._pending(self._graphs.launch_ahead(new_blocks), [], can_go_on=True)
 
@@ -192,11 +223,6 @@ class ModelRunner:
 
 def _scores_its_prompt(share: ScheduledSequence) -> bool:
     return share.sequence.params.prompt_logprobs is not None
-
-
-def _awaits_its_token(sequence: Sequence) -> bool:
-    """Whether the sequence's next draw depends on tokens that the host has to see: to count them, or to let it end."""
-    return sequence.params.needs_penalties or sequence.num_output_tokens < sequence.params.min_tokens
 
 
 def logprobs_of(output: SampleOutput) -> list[Logprob]:

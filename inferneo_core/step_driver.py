@@ -29,7 +29,8 @@ class StepDriver:
         self._inbox: deque[Callable[[], None]] = deque()
         self._is_draining = False
         # Guards what follows; held briefly, never during a step. Reentrant: a stream's __del__ may post from anywhere.
-        self._turn = threading.Condition(threading.RLock())
+        self._lock = threading.RLock()
+        self._turn = threading.Condition(self._lock)
         self._owner: int | None = None  # ident of the thread that is in a step
         self._is_closing = False
         self._is_closed = False
@@ -79,7 +80,7 @@ class StepDriver:
         if self._owner == me:
             raise RuntimeError("a step may not start another step of the same engine")
         try:
-            with self._turn:
+            with self._lock:
                 while self._owner is not None and not is_settled():
                     self._turn.wait()
                 if is_settled():
@@ -96,7 +97,7 @@ class StepDriver:
                 raise
 
     def _end_turn(self, me: int) -> None:
-        with self._turn:
+        with self._lock:
             if self._owner == me:
                 self._turn.notify_all()  # they wake once this block is left, also if an action raises
                 self._owner = None

@@ -47,7 +47,7 @@ def warm_up(
         ops.score(logits, torch.zeros(len(logits), dtype=torch.int64, device=ops.device), 1)
     compiled = time.perf_counter()
     logger.info("compiled steps of up to %d tokens in %.3f s", max_num_batched_tokens, compiled - started)
-    for num_seqs in sorted({*(size for size in (1, 17, 33, 65) if size < max_num_seqs), max_num_seqs}):
+    for num_seqs in sorted({*(size for size in (1, 2, 17, 33, 65) if size < max_num_seqs), max_num_seqs}):
         rows = torch.zeros(num_seqs, dtype=torch.int64, device=ops.device)
         for sampling in _varieties(num_seqs, vocab_size, ops.device):
             ops.next_tokens(x, model.norm, model.head, rows, sampling)

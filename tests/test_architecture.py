@@ -25,11 +25,11 @@ LAYERS = (
     "config sampling_params outputs batch memory step_driver chat_meter tokenizer_spec gguf_pretokenizers",
     "sequence ops.base rope chat_sandbox gguf_tokenizer hf_tokenizer weights.dequant weights.fetch",
     "block_manager kv_cache chat ops.torch_sampling ops.cpu_tape ops.packing weights.checkpoint",
-    "scheduler model tokenizer ops.torch_ops ops.cpu_ops weights.safetensors weights.gguf",
-    "batch_builder stream_decoder prompt loader ops.triton_ops cpu_graph cuda_graphs warm_up weights.hub",
-    "request ops weights",
+    "scheduler model tokenizer profile ops.torch_ops ops.cpu_ops weights.safetensors weights.gguf",
+    "decode_arrays stream_decoder prompt loader ops.triton_ops cpu_graph cuda_graphs warm_up weights.hub",
+    "batch_builder request ops weights",
     "stream runner",
-    "assembly",
+    "assembly readers",
     "engine",
     "async_engine callbacks",
 )
@@ -168,18 +168,28 @@ def test_kernels_import_only_torch_triton_and_the_standard_library():
     assert not [edge for edge in strays if package(edge.target) not in allowed]
 
 
-def test_terminal_package_loads_neither_torch_nor_the_engine_at_import():
-    heavy = {"torch", "numpy", "inferneo_core", "openai"}
+def test_terminal_package_loads_nothing_heavy_at_import():
+    heavy = {"torch", "numpy", "inferneo_core", "openai", "websockets", "fastapi", "uvicorn"}
+    on_first_use = ("inferneo.client", "inferneo.server")
     edges = [edge for edge in imports() if package(edge.importer) == "inferneo" and edge.at_import]
+    edges = [edge for edge in edges if not edge.importer.startswith(on_first_use)]
     assert edges
-    assert not [edge for edge in edges if package(edge.target) in heavy]
+    assert not [edge for edge in edges if package(edge.target) in heavy or edge.target.startswith(on_first_use)]
 
 
-def test_only_the_command_line_knows_the_engine():
+def test_client_knows_neither_the_engine_nor_the_server():
+    targets_of_client = {edge.target for edge in imports() if edge.importer.startswith("inferneo.client")}
+    assert "openai" in targets_of_client
+    assert not {name for name in targets_of_client if package(name) in ("torch", "inferneo_core")}
+    assert not {name for name in targets_of_client if name.startswith(("inferneo.server", "inferneo.cli_"))}
+
+
+def test_only_the_command_line_and_the_server_know_the_engine():
     terminal = [edge for edge in imports() if package(edge.importer) == "inferneo"]
     users = {edge.importer for edge in terminal if package(edge.target) == "inferneo_core"}
     assert "inferneo.cli" in users
-    assert all(name.startswith("inferneo.cli") for name in users)
+    assert all(name.startswith(("inferneo.cli", "inferneo.server")) for name in users)
+    assert not {name for name in users if name.startswith("inferneo.client")}
 
 
 def test_kernels_folder_is_no_package():

@@ -42,6 +42,9 @@ PUBLIC = ERRORS | {
     "Logprob",
     "Timings",
     "EngineStats",
+    "Profile",
+    "StepProfile",
+    "VerbTime",
     "FinishReason",
     "StreamCallback",
     "stream_with_callback",
@@ -67,7 +70,7 @@ SIGNATURES = {
     "Engine.step": "self",
     "Engine.stats": "self",
     "Engine.close": "self",
-    "AsyncEngine.stream": "self, prompt, params=None, *, choice=0",
+    "AsyncEngine.stream": "self, prompt, params=None, *, choice=0, max_unread=None",
     "AsyncEngine.close": "self",
     "TokenStream.close": "self",
     "SamplingParams": (
@@ -132,8 +135,8 @@ def test_errors_are_also_what_python_programmers_catch():
     assert all(issubclass(getattr(errors, name), errors.InferneoError) for name in ERRORS)
 
 
-def test_terminal_package_exports_its_version():
-    assert inferneo.__all__ == ["__version__"]
+def test_terminal_package_exports_its_clients_and_its_version():
+    assert inferneo.__all__ == ["AsyncInferneoClient", "InferneoClient", "__version__"]
     assert inferneo.__version__.count(".") == 2
 
 

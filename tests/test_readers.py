@@ -106,6 +106,27 @@ def test_waiting_ends_after_its_timeout_and_ends_no_stream(engine: AsyncEngine, 
     run(main())
 
 
+def test_waits_need_no_more_of_a_loop_than_asyncio_promises(engine: AsyncEngine) -> None:
+    """uvloop's call_at gives a handle without `when` for a time that has come."""
+
+    class Loop(asyncio.SelectorEventLoop):
+        def call_at(self, when: float, callback: Any, *args: Any, context: Any = None) -> Any:
+            if when <= self.time():
+                return self.call_soon(callback, *args, context=context)
+            return super().call_at(when, callback, *args, context=context)
+
+    async def main() -> None:
+        stream = engine.stream(PROMPT, SAMPLED)
+        await asyncio.gather(engine.wait_any([stream], timeout=0.0), engine.wait_any([stream], timeout=60.0))
+        assert len(await drained(engine, stream)) == 12
+
+    loop = Loop()
+    try:
+        loop.run_until_complete(asyncio.wait_for(main(), 60))
+    finally:
+        loop.close()
+
+
 def test_error_is_raised_after_the_outputs_before_it(engine: AsyncEngine, at_call: Any) -> None:
     def act(step: int) -> None:
         if step == 4:

@@ -38,41 +38,78 @@ Plan plan(const AttentionTask& task, int64_t seq) {
   return plan(task.sequences, seq, task.num_heads, task.cache.num_kv_heads, task.cache.head_dim);
 }
 
-// Some rows of one KV head of one sequence.
-struct Rows {
-  int64_t seq, kv_head, begin, count;
+// Some rows of one KV head of one sequence, against one chunk of keys or against all of them.
+struct Work {
+  Plan plan;
+  int64_t seq, kv_head, begin, count;  // rows [begin, begin + count)
+  int64_t chunk;                       // of keys, or -1: all chunks, one after the other
+  float* part;                         // where the part of one chunk goes
+
+  int64_t first_chunk() const { return chunk < 0 ? 0 : chunk; }
+  // How many keys of the sequence a row sees, of `group` rows to a token.
+  int64_t num_keys(int64_t row, int64_t group) const { return plan.seq_len - plan.query_len + row / group + 1; }
 };
+
+// The granules of `count` keys or values of a work's sequence, from position `first` on, a multiple of kGranule; `side`
+// is the cache's k or v. Blocks that are no whole granules are put together in `copies`, if that is not null.
+void find(const AttentionTask& task, const Work& work, const std::byte* side, int64_t first, int64_t count,
+          std::byte* copies, const void** granules) {
+  const CacheView& cache = task.cache;
+  const int32_t* const table = task.sequences.block_tables + work.seq * task.sequences.max_blocks;
+  const auto row = [&](int64_t position) {
+    return side + cache.offset(table[position / cache.block_size], work.kv_head, position % cache.block_size);
+  };
+  if (cache.block_size % kGranule == 0 || copies == nullptr) {
+    for (int64_t i = 0; i < count; i += kGranule) *granules++ = row(first + i);
+    return;
+  }
+  const int64_t row_bytes = cache.head_dim * cache_type_bytes(cache.type);
+  for (int64_t i = 0; i < count; ++i) {
+    if (i % kGranule == 0) *granules++ = copies + i * row_bytes;
+    std::memcpy(copies + i * row_bytes, row(first + i), row_bytes);
+  }
+}
+
+// Floats of scratch memory for everything but copies.
+int64_t attend_floats(int64_t head_dim) {
+  return attention_scratch(head_dim) + kRowTile * (head_dim + 2 * padded_dim(head_dim));
+}
+
+// Bytes of a chunk's keys and values, if they have to be copied.
+int64_t copy_bytes(const CacheView& cache) {
+  return cache.block_size % kGranule == 0 ? 0 : 2 * kKeyChunk * cache.head_dim * cache_type_bytes(cache.type);
+}
 
 class Item {
  public:
-  Item(const AttentionTask& task, const Plan& plan, const Rows& rows, float* scratch)
-      : task_(task), plan_(plan), rows_(rows), group_(task.num_heads / task.cache.num_kv_heads), scratch_(scratch) {
+  // next: what the lane does afterwards, or null.
+  Item(const AttentionTask& task, const Work& work, const Work* next, float* scratch)
+      : task_(task), work_(work), next_(next), group_(task.num_heads / task.cache.num_kv_heads), scratch_(scratch) {
     const int64_t head_dim = task.cache.head_dim;
     queries_ = scratch + attention_scratch(head_dim);
+    copies_ = reinterpret_cast<std::byte*>(scratch + attend_floats(head_dim));
     const float factor = 1.0f / std::sqrt(static_cast<float>(head_dim));
-    for (int64_t r = 0; r < rows.count; ++r) {
-      task.kernels.scale(task.q + row_offset(rows.begin + r), factor, head_dim, queries_ + r * head_dim);
+    for (int64_t r = 0; r < work.count; ++r) {
+      task.kernels.scale(task.q + row_offset(r), factor, head_dim, queries_ + r * head_dim);
     }
   }
 
   // state = the part of one chunk. Returns the rows it begins with that see none of it.
   int64_t run_chunk(int64_t chunk, const AttentionState& state) const {
     const int64_t first = chunk * kKeyChunk;
-    const int64_t num_visible = visible(rows_.begin + rows_.count - 1);
-    const int64_t num_keys = std::min(num_visible - first, kKeyChunk);
-    const int64_t num_next = std::clamp<int64_t>(num_visible - first - kKeyChunk, 0, kKeyTile);
-    const void* keys[kKeyChunk + kKeyTile];  // and the first ones of the next chunk
-    const void* values[kKeyChunk];
+    const int64_t num_keys = std::min(num_visible() - first, kKeyChunk);
+    const int64_t num = num_granules(num_keys);
+    const void* granules[2 * (kKeyChunk / kGranule) + kAhead];
+    find(task_, work_, task_.cache.k, first, num_keys, copies_, granules);
+    find(task_, work_, task_.cache.v, first, num_keys, copies_ + copy_bytes(task_.cache) / 2, granules + num);
+    find_next(first + kKeyChunk, granules + 2 * num);
     int64_t row_keys[kRowTile];
-    find(task_.cache.k, first, num_keys + num_next, keys);
-    find(task_.cache.v, first, num_keys, values);
     int64_t blind = 0;
-    for (int64_t r = 0; r < rows_.count; ++r) {
-      row_keys[r] = std::clamp<int64_t>(visible(rows_.begin + r) - first, 0, num_keys);
+    for (int64_t r = 0; r < work_.count; ++r) {
+      row_keys[r] = std::clamp<int64_t>(visible(r) - first, 0, num_keys);
       blind += row_keys[r] == 0;
     }
-    const AttentionTile tile{keys,     values,  keys + num_keys, num_keys, num_next, rows_.count, task_.cache.head_dim,
-                             queries_, row_keys};
+    const AttentionTile tile{granules, num_keys, work_.count, task_.cache.head_dim, queries_, row_keys};
     task_.kernels.attend[static_cast<int>(task_.cache.type)](tile, state, scratch_);
     return blind;
   }
@@ -84,52 +121,87 @@ class Item {
     float* const values = queries_ + kRowTile * head_dim;
     const AttentionState whole{largest, sum, values, stride};
     const AttentionState part{part_largest, part_sum, values + kRowTile * stride, stride};
-    const int64_t num_chunks = ceil_div(visible(rows_.begin + rows_.count - 1), kKeyChunk);
     run_chunk(0, whole);
-    for (int64_t chunk = 1; chunk < num_chunks; ++chunk) {
-      for (int64_t r = run_chunk(chunk, part); r < rows_.count; ++r) {
+    for (int64_t chunk = 1; chunk * kKeyChunk < num_visible(); ++chunk) {
+      for (int64_t r = run_chunk(chunk, part); r < work_.count; ++r) {
         task_.kernels.merge(largest[r], sum[r], values + r * stride, part_largest[r], part_sum[r],
                             part.values + r * stride, head_dim);
       }
     }
-    for (int64_t r = 0; r < rows_.count; ++r) {
-      task_.kernels.scale(values + r * stride, 1.0f / sum[r], head_dim, task_.out + row_offset(rows_.begin + r));
+    for (int64_t r = 0; r < work_.count; ++r) {
+      task_.kernels.scale(values + r * stride, 1.0f / sum[r], head_dim, task_.out + row_offset(r));
     }
-  }
-
-  // Where a row's query and output begin.
-  int64_t row_offset(int64_t row) const {
-    const int64_t token = task_.sequences.query_start_loc[rows_.seq] + row / group_;
-    return (token * task_.num_heads + rows_.kv_head * group_ + row % group_) * task_.cache.head_dim;
   }
 
  private:
-  // How many keys of the sequence a row sees.
-  int64_t visible(int64_t row) const { return plan_.seq_len - plan_.query_len + row / group_ + 1; }
+  int64_t visible(int64_t r) const { return work_.num_keys(work_.begin + r, group_); }
+  int64_t num_visible() const { return visible(work_.count - 1); }
 
-  // Where the keys or values of some positions lie; `side` is the cache's k or v.
-  void find(const std::byte* side, int64_t first, int64_t count, const void** rows) const {
-    const CacheView& cache = task_.cache;
-    const int32_t* const table = task_.sequences.block_tables + rows_.seq * task_.sequences.max_blocks;
-    const int64_t row_bytes = cache.head_dim * cache_type_bytes(cache.type);
-    int64_t index = first / cache.block_size, place = first % cache.block_size;
-    for (int64_t i = 0; i < count; ++index, place = 0) {
-      const std::byte* row = side + cache.offset(table[index], rows_.kv_head, place);
-      for (; place < cache.block_size && i < count; ++place, row += row_bytes) rows[i++] = row;
+  // Where a row's query and output begin.
+  int64_t row_offset(int64_t r) const {
+    const int64_t row = work_.begin + r, token = task_.sequences.query_start_loc[work_.seq] + row / group_;
+    return (token * task_.num_heads + work_.kv_head * group_ + row % group_) * task_.cache.head_dim;
+  }
+
+  // The kAhead granules that come after this chunk, the last one repeated: position `first` of this sequence if its
+  // next chunk is this item's, too, otherwise the next item's first.
+  void find_next(int64_t first, const void** granules) const {
+    const Work* const work = work_.chunk < 0 && first < num_visible() ? &work_ : next_;
+    int64_t count = 0;
+    if (work != nullptr) {
+      if (work == next_) first = work->first_chunk() * kKeyChunk;
+      const int64_t num_keys = work->num_keys(work->begin + work->count - 1, group_) - first;
+      count = std::min(num_granules(num_keys), kAhead);
+      find(task_, *work, task_.cache.k, first, count * kGranule, nullptr, granules);
     }
+    std::fill(granules + count, granules + kAhead, granules[count - 1]);  // granules[-1] is this chunk's last
   }
 
   const AttentionTask& task_;
-  const Plan& plan_;
-  const Rows rows_;
+  const Work& work_;
+  const Work* next_;
   const int64_t group_;
   float* scratch_;
   float* queries_;
+  std::byte* copies_;
 };
 
 AttentionState part_state(float* part, int64_t num_rows, int64_t head_dim) {
   return {part, part + num_rows, part + 2 * num_rows, padded_dim(head_dim)};
 }
+
+// A lane's walk through the items of a task: each item falls to one lane.
+class Items {
+ public:
+  explicit Items(const AttentionTask& task) : task_(task) {}
+
+  // Returns false if none is left.
+  bool take(Work& work) {
+    const int64_t item = task_.ticket++;
+    while (item >= end_) {  // items ascend, so each lane walks the sequences once
+      if (++seq_ == task_.sequences.num_seqs) return false;
+      part_start_ += plan_.part_floats;
+      plan_ = plan(task_, seq_);
+      end_ += plan_.num_items;
+    }
+    const int64_t num_kv_heads = task_.cache.num_kv_heads, index = item - (end_ - plan_.num_items);
+    const int64_t kv_head = index % num_kv_heads;  // neighbours in a block of the cache
+    if (plan_.in_chunks) {
+      const int64_t chunk = index / num_kv_heads, part = kv_head * plan_.num_chunks + chunk;
+      float* const place = task_.parts + part_start_ + part * floats_of_part(plan_.num_rows, task_.cache.head_dim);
+      work = {plan_, seq_, kv_head, 0, plan_.num_rows, chunk, place};
+    } else {
+      const int64_t begin = (plan_.num_tiles - 1 - index / num_kv_heads) * kRowTile;  // the longest first
+      work = {plan_, seq_, kv_head, begin, std::min(kRowTile, plan_.num_rows - begin), -1, nullptr};
+    }
+    return true;
+  }
+
+ private:
+  const AttentionTask& task_;
+  int64_t seq_ = -1, end_ = 0, part_start_ = 0;
+  Plan plan_{};
+};
 
 }  // namespace
 
@@ -141,31 +213,20 @@ int64_t part_floats(const SequenceViews& sequences, int64_t num_heads, int64_t n
   return total;
 }
 
-int64_t attend_scratch(int64_t head_dim) {
-  return attention_scratch(head_dim) + kRowTile * (head_dim + 2 * padded_dim(head_dim));
+int64_t attend_scratch(const CacheView& cache) {
+  return attend_floats(cache.head_dim) + copy_bytes(cache) / static_cast<int64_t>(sizeof(float));
 }
 
 void attend_items(const AttentionTask& task, float* scratch) {
-  int64_t seq = -1, next_first = 0, part_start = 0;
-  Plan p{};
-  for (int64_t item = task.ticket++;; item = task.ticket++) {
-    while (item >= next_first) {  // items ascend, so each lane walks the sequences once
-      if (++seq == task.sequences.num_seqs) return;
-      part_start += p.part_floats;
-      p = plan(task, seq);
-      next_first += p.num_items;
-    }
-    const int64_t index = item - (next_first - p.num_items);
-    if (p.in_chunks) {
-      const int64_t chunk = index % p.num_chunks;
-      const Item work(task, p, {seq, index / p.num_chunks, 0, p.num_rows}, scratch);
-      float* const part = task.parts + part_start + index * floats_of_part(p.num_rows, task.cache.head_dim);
-      work.run_chunk(chunk, part_state(part, p.num_rows, task.cache.head_dim));
+  Items items(task);
+  Work work{}, next{};
+  for (bool is_work = items.take(work); is_work; work = next) {  // the next is known early: its keys are on their way
+    is_work = items.take(next);
+    const Item item(task, work, is_work ? &next : nullptr, scratch);
+    if (work.chunk < 0) {
+      item.run();
     } else {
-      const int64_t tile = p.num_tiles - 1 - index / task.cache.num_kv_heads;  // the longest first
-      const int64_t begin = tile * kRowTile;
-      const Rows rows{seq, index % task.cache.num_kv_heads, begin, std::min(kRowTile, p.num_rows - begin)};
-      Item(task, p, rows, scratch).run();
+      item.run_chunk(work.chunk, part_state(work.part, work.count, task.cache.head_dim));
     }
   }
 }

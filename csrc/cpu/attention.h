@@ -3,6 +3,8 @@
 // A sequence whose query rows fit one tile (every decode) is cut into chunks of keys, so that a long context occupies
 // all lanes; the chunks' parts are merged afterwards. A longer query is cut into tiles of rows that each go through the
 // chunks in turn. Both merge the same parts in the same order, so the bits do not tell which it was.
+//
+// Blocks of a multiple of 16 tokens are read where they lie; of other blocks, a chunk is put together first.
 #pragma once
 
 #include <atomic>
@@ -50,7 +52,7 @@ struct AttentionTask {
 int64_t part_floats(const SequenceViews& sequences, int64_t num_heads, int64_t num_kv_heads, int64_t head_dim);
 
 // Floats of scratch memory a lane needs, 64-byte aligned.
-int64_t attend_scratch(int64_t head_dim);
+int64_t attend_scratch(const CacheView& cache);
 
 // A lane's share of the work; when all lanes are done the parts are there.
 void attend_items(const AttentionTask& task, float* scratch);

@@ -78,7 +78,7 @@ std::vector<float> attend(const Case& c, CacheType type, int lanes) {
   std::atomic<int64_t> ticket{0};
   const AttentionTask task{kernels, q.data(), out.data(), c.num_heads, cache, sequences, parts.data(), ticket};
   Team team(lanes);
-  std::vector<std::vector<float>> scratch(lanes, std::vector<float>(attend_scratch(c.head_dim)));
+  std::vector<std::vector<float>> scratch(lanes, std::vector<float>(attend_scratch(cache)));
   team.run([&](Lane lane) {
     attend_items(task, scratch[lane.index].data());
     team.barrier(lane);
@@ -94,6 +94,7 @@ int run() {
       {{1, 1, 70, 3}, {1, 600, 300, 257}, 9, 3, 64, 16},
       {{1, 5}, {256, 512}, 6, 2, 14, 5},
       {{2, 1}, {300, 40}, 50, 1, 8, 1},
+      {{1, 9}, {515, 70}, 4, 2, 40, 32},
   };
   for (const Case& c : cases) {
     for (const CacheType type : {CacheType::kFP32, CacheType::kBF16, CacheType::kFP16}) {

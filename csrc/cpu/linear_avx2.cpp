@@ -69,6 +69,11 @@ struct Avx2 {
     const Ints weights = _mm256_xor_si256(codes, _mm256_set1_epi8(static_cast<char>(0x80)));
     return dot(sum, _mm256_abs_epi8(weights), _mm256_sign_epi8(four(x), weights));
   }
+  INFERNEO_INLINE static int32_t sum_of_16(const int8_t* codes) {  // GCC adds up a plain loop element by element
+    const __m128i biased = _mm_xor_si128(_mm_loadu_si128(reinterpret_cast<const __m128i*>(codes)), _mm_set1_epi8(-128));
+    const __m128i sums = _mm_sad_epu8(biased, _mm_setzero_si128());
+    return _mm_cvtsi128_si32(sums) + _mm_extract_epi32(sums, 2) - 16 * 128;
+  }
   INFERNEO_INLINE static void store(float* out, Floats x) { _mm256_storeu_ps(out, x); }
   INFERNEO_INLINE static void prefetch(const uint8_t* p, int64_t bytes) {
     for (int64_t i = 0; i < bytes; i += 64) _mm_prefetch(reinterpret_cast<const char*>(p + i), _MM_HINT_T1);

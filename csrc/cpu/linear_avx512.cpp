@@ -64,6 +64,11 @@ struct Avx512 {
     return _mm512_dpbusd_epi32(sum, codes, _mm512_set1_epi32(load_as<int32_t>(x)));
   }
   INFERNEO_INLINE static Ints dot_bytes(Ints sum, Ints codes, const int8_t* x) { return dot(sum, codes, x); }
+  INFERNEO_INLINE static int32_t sum_of_16(const int8_t* codes) {  // GCC adds up a plain loop element by element
+    const __m128i biased = _mm_xor_si128(_mm_loadu_si128(reinterpret_cast<const __m128i*>(codes)), _mm_set1_epi8(-128));
+    const __m128i sums = _mm_sad_epu8(biased, _mm_setzero_si128());
+    return _mm_cvtsi128_si32(sums) + _mm_extract_epi32(sums, 2) - 16 * 128;
+  }
   INFERNEO_INLINE static void store(float* out, Floats x) { _mm512_storeu_ps(out, x); }
   INFERNEO_INLINE static void prefetch(const uint8_t* p, int64_t bytes) {
     for (int64_t i = 0; i < bytes; i += 64) _mm_prefetch(reinterpret_cast<const char*>(p + i), _MM_HINT_T1);

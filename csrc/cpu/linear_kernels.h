@@ -12,15 +12,8 @@
 namespace inferneo {
 namespace {
 
-// A tree, for GCC adds up a plain loop over registers element by element.
-INFERNEO_INLINE uint32_t sum_of_16(const uint32_t* x) {
-  uint32_t eight[8], four[4];
-  for (int i = 0; i < 8; ++i) eight[i] = x[i] + x[8 + i];
-  for (int i = 0; i < 4; ++i) four[i] = eight[i] + eight[4 + i];
-  return (four[0] + four[2]) + (four[1] + four[3]);
-}
-
 // The loops over 32 columns have no branches, so that they vectorise; adding 1.5 * 2**23 rounds to nearest even.
+template <class V>
 INFERNEO_INLINE void quantize_block(const float* x, QuantizedBlock& out, int token) {
   constexpr float kRound = 12582912.0f;
   constexpr uint32_t kSmallest = 0x0da24260;  // 1e-30f: below it, 127 / largest could overflow
@@ -32,17 +25,19 @@ INFERNEO_INLINE void quantize_block(const float* x, QuantizedBlock& out, int tok
   const bool is_zero = largest < kSmallest;
   const float scale = is_zero ? 0.0f : bits_float(largest) / 127.0f;
   const float inverse = is_zero ? 0.0f : 127.0f / bits_float(largest);
-  uint32_t codes[kBlockColumns];  // unsigned, for sums of what a NaN became may overflow
-  for (int i = 0; i < kBlockColumns; ++i) codes[i] = float_bits(x[i] * inverse + kRound) - float_bits(kRound);
-  const uint32_t head = sum_of_16(codes);
-  const uint32_t tail = sum_of_16(codes + 16);
-  for (int i = 0; i < kBlockColumns; ++i) out.codes[token][i] = static_cast<int8_t>(codes[i]);
+  int8_t* const codes = out.codes[token];
+  for (int i = 0; i < kBlockColumns; ++i) {
+    codes[i] = static_cast<int8_t>(float_bits(x[i] * inverse + kRound) - float_bits(kRound));
+  }
+  const int32_t head = V::sum_of_16(codes);
+  const int32_t sum = head + V::sum_of_16(codes + 16);
   out.scale[token] = scale;
-  out.sum[token] = scale * static_cast<float>(static_cast<int32_t>(head + tail));
-  out.negative_sum[token] = static_cast<int32_t>(-(head + tail));
-  out.negative_head[token] = static_cast<int32_t>(-head);
+  out.sum[token] = scale * static_cast<float>(sum);
+  out.negative_sum[token] = -sum;
+  out.negative_head[token] = -head;
 }
 
+template <class V>
 void quantize(const float* x, int64_t rows, int64_t columns, QuantizedBlock* out, Lane lane) {
   const int64_t blocks = columns / kBlockColumns;
   const int64_t quads = (rows + kQuad - 1) / kQuad;
@@ -52,7 +47,7 @@ void quantize(const float* x, int64_t rows, int64_t columns, QuantizedBlock* out
       for (int token = 0; token < kQuad; ++token) {
         const int64_t row = quad * kQuad + token;
         if (row < rows) {
-          quantize_block(x + row * columns + block * kBlockColumns, place, token);
+          quantize_block<V>(x + row * columns + block * kBlockColumns, place, token);
         } else if (rows > 1) {  // one row alone is multiplied alone
           clear_token(place, token);
         }
@@ -262,7 +257,7 @@ void rows(const RowsTask& task) {
 
 template <class V>
 constexpr LinearKernels kLinearKernels = {
-    quantize,
+    quantize<V>,
     {rows<V, Format::kQ4_0>, rows<V, Format::kQ4_1>, rows<V, Format::kQ5_0>, rows<V, Format::kQ5_1>,
      rows<V, Format::kQ8_0>, rows<V, Format::kQ4_K>, rows<V, Format::kQ5_K>, rows<V, Format::kQ6_K>,
      rows<V, Format::kBF16>, rows<V, Format::kFP16>, rows<V, Format::kFP32>}};

@@ -47,6 +47,11 @@ struct Scalar {
     return sum;
   }
   static Ints dot_bytes(Ints sum, Ints codes, const int8_t* x) { return dot(sum, codes, x); }
+  static int32_t sum_of_16(const int8_t* codes) {
+    int32_t sum = 0;
+    for (int i = 0; i < 16; ++i) sum += codes[i];
+    return sum;
+  }
   static void store(float* out, Floats x) { *out = x; }
   static void prefetch(const uint8_t*, int64_t) {}
 };

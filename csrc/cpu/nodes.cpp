@@ -104,7 +104,7 @@ int64_t AttentionNode::shared_bytes(const StepInput& step) const {
   return part_floats(step.sequences, num_heads_, cache_.num_kv_heads, cache_.head_dim) * kFloat;
 }
 
-int64_t AttentionNode::lane_bytes(const StepInput&) const { return attend_scratch(cache_.head_dim) * kFloat; }
+int64_t AttentionNode::lane_bytes(const StepInput&) const { return attend_scratch(cache_) * kFloat; }
 
 void AttentionNode::run(const Frame& frame, int64_t index, Lane lane) const {
   const AttentionTask task{frame.rows, frame.values[inputs[0]], frame.values[output], num_heads_,

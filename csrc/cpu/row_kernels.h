@@ -1,8 +1,8 @@
 // What an instruction set has to offer beside matrix products: attention, and the small passes over a token's row.
 //
 // The kernels are written once, over a vector of kLanes floats (simd.h), and compiled for each instruction set
-// (row_kernels_*.cpp). Their results do not depend on how tokens are batched, chunked or shared among threads; sums
-// over a row go by vector lanes, so different instruction sets may differ in the last bits.
+// (row_kernels_*.cpp). Their results do not depend on how tokens are batched, chunked or shared among threads, nor on
+// the instruction set: multiply-adds are fused everywhere, and a sum over a row runs in 16 lanes.
 #pragma once
 
 #include <cstdint>
@@ -16,17 +16,20 @@ enum class CacheType { kFP32, kBF16, kFP16 };
 inline int64_t cache_type_bytes(CacheType type) { return type == CacheType::kFP32 ? 4 : 2; }
 
 constexpr int64_t kKeyChunk = 256;  // keys under one softmax; partial results of chunks are merged in ascending order
-constexpr int64_t kKeyTile = 64;    // keys that are brought into fp32 at once
+constexpr int64_t kKeyTile = 64;    // keys that are brought into fp32 at once, if there are many rows
 constexpr int64_t kRowTile = 48;    // query rows (tokens * heads of one KV head) that share them
+constexpr int64_t kGranule = 16;    // keys, or values, that lie one after the other in memory
+constexpr int64_t kAhead = 4;       // how far ahead, in granules, memory is asked for: 4 to 16 are as fast
+
+inline int64_t num_granules(int64_t num_keys) { return (num_keys + kGranule - 1) / kGranule; }
 
 // Some query rows of one KV head against one chunk of keys.
 struct AttentionTile {
-  const void* const* keys;       // [num_keys]: where each key of the chunk lies, head_dim elements of the cache type
-  const void* const* values;     // [num_keys]
-  const void* const* next_keys;  // [num_next_keys]: keys of the next chunk, to be fetched from memory meanwhile
-  int64_t num_keys;              // in [1, kKeyChunk]
-  int64_t num_next_keys;         // at most kKeyTile
-  int64_t num_rows;              // in [1, kRowTile]
+  // The granules of the chunk's keys, those of its values, and kAhead that will be read next, to be fetched from memory
+  // meanwhile. What lies past the last key is read, and the result dropped.
+  const void* const* granules;
+  int64_t num_keys;  // in [1, kKeyChunk]
+  int64_t num_rows;  // in [1, kRowTile]
   int64_t head_dim;
   const float* queries;     // [num_rows, head_dim], scaled
   const int64_t* row_keys;  // [num_rows]: how many keys of the chunk a row sees, at most num_keys; 0: none

@@ -1,6 +1,7 @@
 #include "tape.h"
 
 #include <algorithm>
+#include <chrono>
 #include <cstdlib>
 #include <new>
 
@@ -10,6 +11,8 @@ namespace {
 constexpr int64_t kAlignment = 128;
 
 }  // namespace
+
+int64_t now_ns() { return std::chrono::nanoseconds(std::chrono::steady_clock::now().time_since_epoch()).count(); }
 
 void Arena::Free::operator()(std::byte* bytes) const { std::free(bytes); }
 
@@ -76,6 +79,17 @@ void Tape::assign_slots() {
   has_slots_ = true;
 }
 
+void Tape::time_nodes(bool on) {
+  is_timed_ = on;
+  ends_ns_.clear();
+}
+
+std::vector<int64_t> Tape::node_ns() const {
+  std::vector<int64_t> durations;
+  for (size_t i = 1; i < ends_ns_.size(); ++i) durations.push_back(ends_ns_[i] - ends_ns_[i - 1]);
+  return durations;
+}
+
 void Tape::replay(Team& team, Isa isa, const StepInput& step, float* const* inputs, float* output) {
   if (!has_slots_) assign_slots();
   int64_t shared = 0, each = 0, bytes = 0;
@@ -101,12 +115,15 @@ void Tape::replay(Team& team, Isa isa, const StepInput& step, float* const* inpu
 
   const Frame frame{team,         linear_kernels(isa), row_kernels(isa), step, addresses_.data(),
                     base + bytes, scratch_.data(),     tickets_.get()};
+  if (is_timed_) ends_ns_.assign(nodes_.size() + 1, now_ns());
   team.run([&](Lane lane) {
     for (int64_t i = 0; i < num_nodes(); ++i) {
       nodes_[i]->run(frame, i, lane);
       if (i + 1 < num_nodes()) team.barrier(lane);  // the end of the task is a barrier, too
+      if (is_timed_ && lane.index == 0) ends_ns_[i + 1] = now_ns();
     }
   });
+  if (is_timed_) ends_ns_.back() = now_ns();
 }
 
 }  // namespace inferneo

@@ -28,6 +28,9 @@ struct StepInput {
   int64_t num_tokens, num_rows;
 };
 
+// Nanoseconds of a clock that never goes back.
+int64_t now_ns();
+
 // Memory that grows and is never initialised.
 class Arena {
  public:
@@ -82,6 +85,11 @@ class Tape {
   int64_t width(int64_t value) const { return values_[value].width; }
   int64_t input_width(int64_t input) const { return width(inputs_[input]); }
 
+  // Whether replays note when each node ends: one look at the clock a node, on lane 0.
+  void time_nodes(bool on);
+  // Nanoseconds of each node in the last timed replay, its barrier included; empty before there was one.
+  std::vector<int64_t> node_ns() const;
+
   // Runs every node. inputs: by number, [num_tokens, width] each; output: where the last node's value goes.
   void replay(Team& team, Isa isa, const StepInput& step, float* const* inputs, float* output);
 
@@ -102,6 +110,8 @@ class Tape {
   std::vector<float*> addresses_;     // of values
   std::vector<std::byte*> scratch_;   // by lane
   std::unique_ptr<std::atomic<int64_t>[]> tickets_;
+  bool is_timed_ = false;
+  std::vector<int64_t> ends_ns_;  // when the last replay began, then when each node ended
   Arena arena_;
 };
 

@@ -3,6 +3,8 @@
 #include <sched.h>
 #include <unistd.h>
 
+#include <algorithm>
+
 #if defined(__linux__)
 #include <linux/futex.h>
 #include <sys/syscall.h>
@@ -11,9 +13,13 @@
 namespace inferneo {
 namespace {
 
-constexpr int kSpins = 1000;  // some 15 us: a barrier's wait while every lane has a core of its own
-constexpr int kYields =
-    200;  // some 100 us, longer than the host works between two steps, open to a lane without a core
+constexpr int kMostSpins = 1000;  // some 15 us: a barrier's wait while every lane has a core of its own
+constexpr int kFewestSpins = 16;
+constexpr int kYields = 2000;  // some 1 ms: longer than the host works between two steps, and open to others
+
+// How often this thread spins before it offers its core to others: fewer times after each wait that was longer than
+// that, more after each that was not. Two lanes on one core would else wait 15 us at every barrier for one another.
+thread_local int patience = kMostSpins;
 
 inline void pause() {
 #if defined(__x86_64__)
@@ -109,13 +115,17 @@ void Team::Counter::advance() {
 
 void Team::Counter::await(uint32_t wanted) {
   const auto is_there = [&] { return static_cast<int32_t>(value.load(std::memory_order_seq_cst) - wanted) >= 0; };
-  for (int spins = 0; spins < kSpins + kYields; ++spins) {
-    if (is_there()) return;
-    if (spins < kSpins) {
-      pause();
-    } else {
-      sched_yield();
+  for (int spins = 0; spins < patience; ++spins) {
+    if (is_there()) {
+      patience = std::min(2 * patience, kMostSpins);
+      return;
     }
+    pause();
+  }
+  patience = std::max(patience / 2, kFewestSpins);
+  for (int yields = 0; yields < kYields; ++yields) {
+    if (is_there()) return;
+    sched_yield();
   }
   num_sleeping.fetch_add(1, std::memory_order_seq_cst);
   for (uint32_t now = value; !is_there(); now = value) {

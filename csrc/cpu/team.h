@@ -1,8 +1,8 @@
 // A team of threads that runs one function at a time, all lanes side by side, with barriers in between.
 //
 // A decode step has some 150 barriers, a dozen microseconds apart, so lanes spin at them; and between steps too, for
-// the next one is usually near. Whoever has spun for a moment in vain sleeps: an idle team costs nothing, and a lane
-// that has lost its core to another process gets that of a lane which waits for it.
+// the next one is usually near. Whoever has spun in vain yields, and after some 1 ms sleeps: an idle team costs
+// nothing, and a lane that has lost its core to another process gets that of a lane which waits for it.
 #pragma once
 
 #include <sys/types.h>
@@ -62,7 +62,7 @@ class Team {
   Threads threads();
 
  private:
-  // A counter that threads wait on: they spin for a moment, then sleep.
+  // A counter that threads wait on: they spin, then yield, then sleep.
   struct alignas(128) Counter {  // 128: two lines, for the prefetcher takes them in pairs
     std::atomic<uint32_t> value{0};
     std::atomic<uint32_t> num_sleeping{0};

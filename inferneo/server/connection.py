@@ -1,30 +1,30 @@
-"""uvicorn's connections with limits on what comes before a request reaches the application, and a way to cut them."""
+"""uvicorn's connections with limits on what the application never sees: headers, pace, and silence."""
 
 from __future__ import annotations
 
 import asyncio
 import json
-from typing import Any, cast
+from collections.abc import Callable
+from typing import Any, Literal, cast
 
-from starlette.types import Scope
 from uvicorn import Config
-from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 from uvicorn.server import ServerState
-from websockets.http11 import Request
+from websockets.frames import Frame
 
 from inferneo.server.errors import SERVER, TIMEOUT, ApiError
 from inferneo.server.settings import ServerSettings
 
-WRITE_BUFFER_BYTES = 2**14  # unsent bytes at which a writer waits; the kernel buffers more
-ABORT = "inferneo.abort"  # the scope's entry for `cut`
+MAX_PIPELINED = 8  # requests of one connection that wait while it is still read, so that its end is seen
+MAX_FRAGMENTS = 1024  # frames of one WebSocket message; empty ones would not count as bytes
 
 
 class GuardedHttp(HttpToolsProtocol):
-    """One HTTP connection: one of a limited number, its headers limited in size and in time.
+    """One HTTP connection: one of a limited number, each part of it limited in size and in time.
 
-    uvicorn's own accepts endless headers, waits for them for ever, and turns surplus connections away without a word
-    on when to come back.
+    uvicorn's own accepts endless headers and trailers, waits for the rest of a request for ever, keeps what a client
+    does not read for ever, and turns surplus connections away without a word on when to come back.
     """
 
     def __init__(
@@ -38,14 +38,16 @@ class GuardedHttp(HttpToolsProtocol):
     ) -> None:
         super().__init__(config, server_state, app_state, _loop)
         self._settings = settings
-        self._header_bytes = 0
-        self._in_headers = True
+        self._receiving: Literal["nothing", "headers", "body"] = "nothing"
+        self._bytes_outside_bodies = 0  # since the last piece of a body or end of headers
+        self._answering: RequestResponseCycle | None = None  # self.cycle is the request that came last
         self._deadline: asyncio.TimerHandle | None = None
+        self._backlog: Backlog
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         transport = cast(asyncio.Transport, transport)
         super().connection_made(transport)
-        transport.set_write_buffer_limits(high=WRITE_BUFFER_BYTES)
+        self._backlog = Backlog(transport, self.loop, self._settings.slow_reader_seconds)
         limit = self._settings.max_connections
         if len(self.connections) > limit:
             self._refuse(_too_many_connections(limit))
@@ -55,38 +57,81 @@ class GuardedHttp(HttpToolsProtocol):
     def data_received(self, data: bytes) -> None:
         if self.transport.is_closing():
             return
-        if self._in_headers:
-            self._header_bytes += len(data)
+        if self._receiving == "nothing" and self._is_idle:
+            self._expect_headers()
+        self._bytes_outside_bodies += len(data)
         super().data_received(data)
         limit = self._settings.max_header_bytes
-        if self._in_headers and self._header_bytes > limit and not self.transport.is_closing():
-            message = f"the headers have more than {limit} bytes (send fewer)"
+        if self._bytes_outside_bodies > limit:
+            message = f"the request has more than {limit} bytes outside its body (send fewer headers)"
             self._refuse(ApiError(431, message, code="headers_too_large"))
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
-        cast("dict[str, Any]", self.scope)[ABORT] = self.transport.abort
         self._expect_headers()
 
     def on_headers_complete(self) -> None:
-        self._in_headers = False
-        self._header_bytes = 0
-        self._forget_deadline()
         super().on_headers_complete()
+        self._receiving = "body"
+        self._bytes_outside_bodies = 0
+        self._forget_deadline()
+        if not self.pipeline:
+            self._answering = self.cycle
+        elif len(self.pipeline) <= MAX_PIPELINED:
+            self.flow.resume_reading()
+
+    def on_body(self, body: bytes) -> None:
+        super().on_body(body)
+        self._bytes_outside_bodies = 0
+
+    def on_message_complete(self) -> None:
+        super().on_message_complete()
+        self._receiving = "nothing"
+        self._bytes_outside_bodies = 0
+        self._forget_deadline()
+
+    def on_response_complete(self) -> None:
+        if self.pipeline:
+            self._answering, _ = self.pipeline[-1]
+        elif self._receiving == "body":  # which nobody reads any more
+            self._set_deadline(self.transport.close)
+        super().on_response_complete()
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._backlog.begin()
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        self._backlog.end()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._forget_deadline()
+        self._backlog.end()
+        if self._answering is not None and self._answering is not self.cycle:  # uvicorn tells the last request only
+            self._answering.disconnected = True
+            self._answering.message_event.set()
         super().connection_lost(exc)
+        self._unset_keepalive_if_required()  # uvicorn's timer would keep a connection that was reset
+
+    def send_400_response(self, msg: str) -> None:
+        self._refuse(ApiError(400, "the request is not valid HTTP/1.1", code="invalid_http"))
+
+    @property
+    def _is_idle(self) -> bool:
+        return self._answering is None or self._answering.response_complete
 
     def _expect_headers(self) -> None:
-        self._in_headers = True
-        self._forget_deadline()
-        self._deadline = self.loop.call_later(self._settings.receive_seconds, self._headers_too_slow)
+        self._receiving = "headers"
+        self._set_deadline(self._headers_too_slow)
 
     def _headers_too_slow(self) -> None:
-        if not self.transport.is_closing():
-            message = f"the headers took more than {self._settings.receive_seconds:g} s to arrive (send them at once)"
-            self._refuse(ApiError(408, message, type=TIMEOUT, code="headers_too_slow"))
+        message = f"the headers took more than {self._settings.receive_seconds:g} s to arrive (send them at once)"
+        self._refuse(ApiError(408, message, type=TIMEOUT, code="headers_too_slow"))
+
+    def _set_deadline(self, action: Callable[[], None]) -> None:
+        self._forget_deadline()
+        self._deadline = self.loop.call_later(self._settings.receive_seconds, action)
 
     def _forget_deadline(self) -> None:
         if self._deadline is not None:
@@ -94,36 +139,108 @@ class GuardedHttp(HttpToolsProtocol):
             self._deadline = None
 
     def _refuse(self, error: ApiError) -> None:
-        """Answer below the application, and hang up."""
+        """Answer below the application, unless that would run into another answer, and hang up."""
+        if self.transport.is_closing():
+            return
         self.logger.warning("%s: %s", self.client, error.message)
-        body = json.dumps(error.to_json()).encode()
-        headers = {
-            "content-type": "application/json",
-            "content-length": str(len(body)),
-            "connection": "close",
-            **error.headers(),
-        }
-        lines = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
-        self.transport.write(STATUS_LINE[error.status] + lines.encode("latin-1") + b"\r\n" + body)
+        in_headers = self._receiving != "body" and self._is_idle
+        if in_headers or (self._answering is self.cycle and not self.cycle.response_started):
+            self.transport.write(_whole_response(error))
         self.transport.close()
 
 
 class GuardedWebSocket(WebSocketsSansIOProtocol):
-    """One WebSocket, whose application can cut it."""
+    """One WebSocket, which keeps no more than it must for a client that does not read, or never ends a message."""
 
-    def handle_connect(self, event: Request) -> None:
-        super().handle_connect(event)
-        if hasattr(self, "scope"):  # else the handshake failed; the application's task has yet to start
-            cast("dict[str, Any]", self.scope)[ABORT] = self.transport.abort
+    def __init__(
+        self,
+        config: Config,
+        server_state: ServerState,
+        app_state: dict[str, Any],
+        _loop: asyncio.AbstractEventLoop | None = None,
+        *,
+        settings: ServerSettings,
+    ) -> None:
+        super().__init__(config, server_state, app_state, _loop)
+        self._slow_reader_seconds = settings.slow_reader_seconds
+        self._late_pong = b""
+        self._backlog: Backlog
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        super().connection_made(transport)
+        self._backlog = Backlog(cast(asyncio.Transport, transport), self.loop, self._slow_reader_seconds)
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._backlog.begin()
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        self._backlog.end()
+        pong, self._late_pong = self._late_pong, b""
+        if pong and not self.transport.is_closing():
+            self.transport.write(pong)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._backlog.end()
+        super().connection_lost(exc)
+
+    def handle_ping(self) -> None:
+        pong = b"".join(self.conn.data_to_send())
+        if self.writable.is_set():
+            self.transport.write(pong)
+        elif pong:  # RFC 6455, section 5.5.3: only the latest ping needs an answer
+            self._late_pong = pong
+
+    def handle_cont(self, event: Frame) -> None:
+        super().handle_cont(event)
+        if len(self.frames) >= MAX_FRAGMENTS:
+            self.conn.fail(1008, f"a message has more than {MAX_FRAGMENTS} frames")
+            self.handle_parser_exception()
 
 
-def cut(scope: Scope) -> None:
-    """Cut a connection now: what a stalled reader did not take would otherwise be kept for it.
+class Backlog:
+    """What a client has not taken yet. It may be slow, but takes something within `seconds`, or is cut off.
 
-    Under another web server than `inferneo serve`, whose connections these are not, it is left to that server.
+    What is kept is one write's: the writer waits from the first byte that stays behind. The kernel buffers enough.
     """
-    if ABORT in scope:
-        scope[ABORT]()
+
+    def __init__(self, transport: asyncio.Transport, loop: asyncio.AbstractEventLoop, seconds: float) -> None:
+        self._transport = transport
+        self._loop = loop
+        self._seconds = seconds
+        self._num_bytes = 0
+        self._timer: asyncio.TimerHandle | None = None
+        transport.set_write_buffer_limits(high=0)
+
+    def begin(self) -> None:
+        """There is something now."""
+        self._num_bytes = self._transport.get_write_buffer_size()
+        self._timer = self._loop.call_later(self._seconds, self._check)
+
+    def end(self) -> None:
+        """All was taken, or nobody is left to take it."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def _check(self) -> None:
+        if self._transport.get_write_buffer_size() < self._num_bytes:
+            self.begin()
+        else:
+            self._transport.abort()
+
+
+def _whole_response(error: ApiError) -> bytes:
+    body = json.dumps(error.to_json()).encode()
+    headers = {
+        "content-type": "application/json",
+        "content-length": str(len(body)),
+        "connection": "close",
+        **error.headers(),
+    }
+    lines = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
+    return STATUS_LINE[error.status] + lines.encode("latin-1") + b"\r\n" + body
 
 
 def _too_many_connections(limit: int) -> ApiError:

@@ -20,7 +20,7 @@ from inferneo.server.chunks import (
 from inferneo.server.errors import SERVER, TIMEOUT, ApiError, from_exception
 from inferneo.server.logprobs import prompt_logprobs
 from inferneo.server.protocol import ChatCompletionRequest, CompletionRequest
-from inferneo.server.requests import Plan, encode_prompts, make_plan
+from inferneo.server.requests import Plan, encode_prompts, make_plan, prompt_texts
 from inferneo.server.settings import ServerSettings
 from inferneo_core import AsyncEngine, AsyncTokenStream, Completion, FinishReason, SamplingParams, Timings, TokenOutput
 
@@ -122,10 +122,8 @@ class Generation:
         """
         plan = make_plan(request, settings, is_stream=transport != "http")
         token_ids = await encode_prompts(plan.prompts, engine.tokenizer, engine.model_config.vocab_size)
-        prompts = [
-            EncodedPrompt(ids, prompt if isinstance(prompt, str) else engine.tokenizer.decode(ids) if plan.echo else "")
-            for prompt, ids in zip(plan.prompts, token_ids, strict=True)
-        ]
+        texts = await prompt_texts(plan.prompts, token_ids, engine.tokenizer) if plan.echo else [""] * len(token_ids)
+        prompts = [EncodedPrompt(ids, text) for ids, text in zip(token_ids, texts, strict=True)]
         generation = cls(engine, plan, settings, prompts, transport)
         try:
             generation._submit_all()

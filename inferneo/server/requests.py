@@ -126,6 +126,19 @@ async def encode_prompts(prompts: Sequence[Prompt], tokenizer: Tokenizer, vocab_
         raise from_exception(error) from error
 
 
+async def prompt_texts(prompts: Sequence[Prompt], token_ids: list[list[int]], tokenizer: Tokenizer) -> list[str]:
+    """Each prompt as `echo` shows it; the texts of many ids are computed in a thread."""
+
+    def decode() -> list[str]:
+        return [
+            prompt if isinstance(prompt, str) else tokenizer.decode(ids)
+            for prompt, ids in zip(prompts, token_ids, strict=True)
+        ]
+
+    is_large = sum(map(len, token_ids)) > INLINE_ITEMS
+    return await asyncio.to_thread(decode) if is_large else decode()
+
+
 def check_model(model: str, settings: ServerSettings) -> None:
     """Raise ApiError 404, which lists the names that are served, unless `model` is one of them."""
     if model not in settings.served_model_names:

@@ -75,7 +75,7 @@ class Server(uvicorn.Server):
         config = uvicorn.Config(
             app,
             http=cast(Any, partial(GuardedHttp, settings=settings)),
-            ws=GuardedWebSocket,
+            ws=cast(Any, partial(GuardedWebSocket, settings=settings)),
             ws_max_size=settings.max_body_bytes,
             ws_per_message_deflate=False,  # a message is one token: compressing it costs more than sending it
             lifespan="off",

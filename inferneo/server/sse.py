@@ -14,7 +14,6 @@ from typing import Any
 from starlette.types import Receive, Scope, Send
 
 from inferneo.server.body import ClientGone, read_request
-from inferneo.server.connection import cut
 from inferneo.server.errors import ApiError, from_exception
 from inferneo.server.generation import Generation, Transport
 from inferneo.server.metrics import RequestRecord
@@ -53,16 +52,13 @@ class CompletionRoute:
         with service.metrics.request(self._path) as record:
             reply = Reply(scope, receive, send)
             try:
-                gone = reply.reader_gone(service.settings.slow_reader_seconds)
-                await service.lifecycle.run(self._answer(scope, receive, reply, record), gone)
+                await service.lifecycle.run(self._answer(scope, receive, reply, record), reply.disconnected())
             except ClientGone:
                 pass
             except Exception as exception:
                 error = from_exception(exception)
                 record.status = error.status
                 await reply.fail(error)
-            if reply.is_stalled:
-                cut(scope)
 
     async def _answer(self, scope: Scope, receive: Receive, reply: Reply, record: RequestRecord) -> None:
         service = self._service
@@ -105,8 +101,6 @@ class Reply:
         self.request_is_read = asyncio.Event()
         self._is_open = False  # a stream has begun and not ended
         self._has_begun = False
-        self._writing_since: float | None = None
-        self.is_stalled = False
 
     async def whole(self, content: dict[str, Any]) -> None:
         """Send a JSON answer."""
@@ -122,10 +116,8 @@ class Reply:
 
     async def write(self, data: bytes, *, more: bool = True) -> None:
         """Send a piece of the body; waits while the client does not read."""
-        self._writing_since = time.monotonic()
         self._is_open &= more
         await self._send({"type": "http.response.body", "body": data, "more_body": more})
-        self._writing_since = None
 
     async def fail(self, error: ApiError) -> None:
         """Say what went wrong: by the status, or as the last event of a stream that is under way."""
@@ -135,24 +127,12 @@ class Reply:
         elif self._is_open:
             await self.write(f"data: {encode_json(error.to_json())}\n\n".encode() + DONE, more=False)
 
-    async def reader_gone(self, slow_seconds: float) -> None:
-        """Return when the client has hung up, or has taken nothing for so long."""
-        watch = asyncio.ensure_future(self._disconnected())
-        try:
-            while not watch.done():
-                await asyncio.wait({watch}, timeout=slow_seconds / 4)
-                since = self._writing_since
-                if since is not None and time.monotonic() - since >= slow_seconds:
-                    self.is_stalled = True
-                    return
-        finally:
-            watch.cancel()
+    async def disconnected(self) -> None:
+        """Return when the client has hung up, or was cut off because it takes nothing."""
+        await self.request_is_read.wait()  # until then what arrives is the request
+        while (await self._receive())["type"] != "http.disconnect":
+            pass
 
     async def _begin(self, status: int, headers: list[tuple[bytes, bytes]]) -> None:
         self._has_begun = True
         await self._send({"type": "http.response.start", "status": status, "headers": headers})
-
-    async def _disconnected(self) -> None:
-        await self.request_is_read.wait()  # until then what arrives is the request
-        while (await self._receive())["type"] != "http.disconnect":
-            pass

@@ -16,7 +16,6 @@ from typing import Any
 from starlette.types import Receive, Scope, Send
 
 from inferneo.server.body import ClientGone
-from inferneo.server.connection import cut
 from inferneo.server.errors import ApiError, from_exception
 from inferneo.server.generation import Generation
 from inferneo.server.lifecycle import SHUTTING_DOWN
@@ -61,25 +60,23 @@ class Conversation:
         self._service = service
         self._path = path
         self._model = model
-        self._scope, self._receive, self._send = scope, receive, send
+        self._receive, self._send = receive, send
         self._is_authenticated: bool = scope[AUTHENTICATED]
         self._is_answering = False
         self._is_closed = False
         self._answers: set[asyncio.Task[None]] = set()  # more than one for the moment in which one ends
-        self._writing_since: float | None = None
 
     async def run(self) -> None:
         """Take messages until the connection ends; what is being answered then is aborted."""
-        watch = asyncio.create_task(self._cut_when_stalled(self._service.settings.slow_reader_seconds))
         try:
             while (message := await self._next_message()) is not None:
                 await self._take(message)
         except ClientGone:
             pass
         finally:
-            for task in (watch, *self._answers):
+            for task in self._answers:
                 task.cancel()
-            await asyncio.gather(watch, *self._answers, return_exceptions=True)
+            await asyncio.gather(*self._answers, return_exceptions=True)
 
     async def _next_message(self) -> dict[str, Any] | None:
         """The next WebSocket message; None when the connection has ended. A key is not waited for for ever."""
@@ -164,12 +161,10 @@ class Conversation:
         Raises:
             ClientGone: there is no connection any more.
         """
-        self._writing_since = time.monotonic()
         try:
             await self._send(event)
         except OSError:
             raise ClientGone from None
-        self._writing_since = None
 
     async def _close_with(self, error: ApiError, request: dict[str, Any] | None = None) -> None:
         """Send an error, then close. Without the close, a client that ignores the error would wait for ever."""
@@ -181,15 +176,6 @@ class Conversation:
         if error.code == SHUTTING_DOWN:
             code = SERVICE_RESTART
         await self._send_event({"type": "websocket.close", "code": code, "reason": error.code or error.type})
-
-    async def _cut_when_stalled(self, slow_seconds: float) -> None:
-        """Cut the connection of a client that has taken nothing for so long; its buffers would be kept for ever."""
-        while True:
-            await asyncio.sleep(slow_seconds / 4)
-            since = self._writing_since
-            if since is not None and time.monotonic() - since >= slow_seconds:
-                cut(self._scope)
-                return
 
 
 def _parse(message: dict[str, Any]) -> dict[str, Any]:

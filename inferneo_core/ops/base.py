@@ -270,7 +270,8 @@ class GraphOps(Ops, Protocol):
     """A backend that can record a whole decode step and repeat it without the host's help."""
 
     def advance(self, state: DecodeState, token_ids: Tensor, block_size: int) -> None:
-        """Make the tokens just drawn the next step's input: ids, positions, slots and lengths move on by one token.
+        """Make the tokens just drawn the next step's input: ids, positions, slots and lengths move on by one token,
+        the tokens are counted where there are penalties, and biases that have run out are set to 0.
 
         Args:
             state: changed in place, but for rows to spare.

@@ -21,10 +21,12 @@ class TapeRecorder:
 
     Attributes:
         tape: the C++ object, held by a tensor. It holds the weights and caches that it was recorded with.
+        verbs: the names of what was recorded, in order.
     """
 
     def __init__(self) -> None:
         self.tape: Tensor = torch.ops.inferneo.make_tape()
+        self.verbs: list[str] = []
         self._inputs: list[Tensor] = []
         self._values: list[tuple[Tensor, int]] = []  # each stand-in, alive as long as this, and its value
 
@@ -59,7 +61,7 @@ class TapeRecorder:
         return result
 
     def embed(self, ids: Tensor, w: Linear) -> Tensor:
-        return self._stand_in(torch.ops.inferneo.tape_embed(self.tape, w.weight), w.in_features)
+        return self._stand_in(self._record("embed", w.weight), w.in_features)
 
     def qkv_rope_store(
         self,
@@ -98,6 +100,7 @@ class TapeRecorder:
             value: int = getattr(torch.ops.inferneo, f"tape_{verb}")(self.tape, *args)
         except RuntimeError as error:
             raise typed(error) from None
+        self.verbs.append(verb)
         return value
 
     def _stand_in(self, value: int, *shape: int) -> Tensor:

@@ -189,13 +189,14 @@ class TritonOps:
 
     def next_tokens(self, x: Tensor, norm: Norm, w_head: Linear, rows: Tensor, batch: SamplingBatch) -> SampleOutput:
         num_seqs, weights = rows.shape[0], _weights(w_head)
+        # A batch-invariant draw has its logits from lm_head always: what a mate asks for must not change the kernel.
         draws_in_head = not batch.has_filters and batch.num_logprobs < 0 and not self._batch_invariant
-        if draws_in_head and num_seqs <= head_draw.MAX_ROWS and len(weights) == 1 and not weights[0].quant_type:
+        if draws_in_head and len(weights) == 1:
             _check_batch(batch, num_seqs, w_head.out_features)
             normalised = elementwise.rms_norm(x, norm.weight, norm.eps, rows)
             parameters = (batch.floats, batch.ints, batch.token_counts)
             biases = (batch.bias_start, batch.bias_ids, batch.bias_values)
-            token_ids = head_draw.head_draw(normalised, weights[0].codes, w_head.bias, *parameters, *biases)
+            token_ids = head_draw.head_draw(normalised, weights[0], w_head.bias, *parameters, *biases)
             return SampleOutput(token_ids)
         # Each token of a pure decode step is drawn after, so there the rows are x itself.
         chosen = x if num_seqs == x.shape[0] else embedding.embed(rows, x)
@@ -209,7 +210,10 @@ class TritonOps:
             seq_lens=state.seq_lens,
             block_tables=state.block_tables,
             sampling_ints=state.sampling_ints,
-            token_counts=None,  # the host counts: it must know them anyway once a sequence changes rows
+            token_counts=state.token_counts,
+            bias_start=state.bias_start,
+            bias_values=state.bias_values,
+            bias_steps=state.bias_steps,
             ring=state.ring,
             step=state.step,
         )

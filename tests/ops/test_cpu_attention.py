@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -61,7 +62,7 @@ class Sequences:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(
     ("num_heads", "num_kv_heads", "head_dim", "block_size"),
-    [(9, 3, 64, 16), (6, 2, 14, 4), (4, 4, 80, 5), (7, 1, 16, 16), (8, 2, 128, 16), (50, 1, 8, 1)],
+    [(9, 3, 64, 16), (6, 2, 14, 4), (4, 4, 80, 5), (7, 1, 16, 16), (8, 2, 128, 32), (50, 1, 8, 1)],
 )
 def test_attention_matches_the_reference(
     cpu: CpuOps, num_heads: int, num_kv_heads: int, head_dim: int, block_size: int, dtype: torch.dtype
@@ -110,6 +111,27 @@ def test_attention_gives_the_same_bits_for_any_batch(cpu: CpuOps) -> None:
     together = cpu.attention(q, sequences.cache, metadata).split([query_len for query_len, _ in RAGGED])
     for seq, (query_len, _) in enumerate(RAGGED):
         assert torch.equal(cpu.attention(*_with_cache(sequences, (seq, 0, query_len))), together[seq])
+
+
+@pytest.mark.parametrize("block_size", [1, 5, 24, 64])
+def test_attention_gives_the_same_bits_for_any_block_size(cpu: CpuOps, block_size: int) -> None:
+    """Blocks of whole granules of 16 tokens are read in place, others are put together first."""
+    sequences = Sequences(((1, 300), (70, 300)), 6, 2, 64, 16, torch.bfloat16)
+    q, metadata = sequences.whole()
+    expected = cpu.attention(q, sequences.cache, metadata)
+    max_blocks = -(-304 // block_size)
+    sides = []
+    for side in (sequences.cache.k, sequences.cache.v):
+        rows = side[sequences.tables].transpose(2, 3).flatten(1, 2)[:, :300]  # [num_seqs, seq_len, num_kv_heads, dim]
+        room = rows.new_full((2, max_blocks * block_size, *rows.shape[2:]), float("nan"))
+        room[:, :300] = rows
+        sides.append(
+            room.view(2 * max_blocks, block_size, *rows.shape[2:])
+            .transpose(1, 2)
+            .clone(memory_format=torch.contiguous_format)
+        )
+    tables = torch.arange(2 * max_blocks).view(2, max_blocks).int()
+    assert torch.equal(cpu.attention(q, CacheLayer(*sides), replace(metadata, block_tables=tables)), expected)
 
 
 @pytest.mark.parametrize("num_threads", [1, 3, 5])

@@ -58,8 +58,8 @@ class LiveServer:
     def join(self) -> None:
         """Wait for the server's end."""
         self.thread.join(LIMIT_SECONDS)
-        for resource in (self._listener, *self._connections):
-            resource.close()
+        self._listener.close()
+        self.forget_connections()
         assert not self.thread.is_alive(), "the server did not end"
 
     def client(self, **arguments: Any) -> httpx.Client:
@@ -76,6 +76,11 @@ class LiveServer:
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
         connection.connect(("127.0.0.1", self.port))
         return connection
+
+    def forget_connections(self) -> None:
+        """Close every bare connection that was made so far, and keep none of them."""
+        while self._connections:
+            self._connections.pop().close()
 
     def exchange(self, *pieces: bytes) -> str:
         """What the server answers to these bytes until it hangs up."""

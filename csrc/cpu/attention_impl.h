@@ -1,0 +1,275 @@
+// Attention over one chunk of keys; part of row_kernels_impl.h.
+//
+// One rule gives its bit-identity: whatever shares a tile with a row, the row's scores are chains of fused
+// multiply-adds over ascending dimensions, its values chains over ascending keys, and a key that the row does not see
+// adds an exact zero. Few rows, as in a decode, take keys and values straight from the cache; many share a copy in
+// fp32.
+//
+// Source: FlashAttention-2, arXiv 2307.08691; PagedAttention, arXiv 2309.06180.
+
+#include "simd.h"
+
+constexpr int64_t kColumns = kLanes == 16 ? 4 : 2;                 // vectors a micro-kernel is wide: what
+constexpr int64_t kRows = kLanes == 16 ? 6 : kLanes == 8 ? 4 : 3;  // the registers hold, with one to spare
+
+INFERNEO_INLINE int64_t padded(int64_t head_dim) { return (head_dim + kLanes - 1) / kLanes * kLanes; }
+
+// f(count as a constant), 1 <= count <= kMost.
+template <int64_t kMost, class F>
+INFERNEO_INLINE void with_constant(int64_t count, F f) {
+  if constexpr (kMost > 1) {
+    if (count < kMost) return with_constant<kMost - 1>(count, f);
+  }
+  f(std::integral_constant<int64_t, kMost>{});
+}
+
+// Asks for `count` lines, `offset` on, of the granule that will be read kAhead later: a few lines at a time between the
+// work on others, for a burst would stall the core, and into the second cache, for the first has too few line buffers.
+INFERNEO_INLINE void prefetch(const void* const* granule, int64_t offset, int64_t count) {
+  const char* const later = static_cast<const char*>(granule[kAhead]) + offset;
+#pragma GCC unroll 4
+  for (int64_t i = 0; i < count; ++i) __builtin_prefetch(later + 64 * i, 0, 2);
+}
+
+// Some granules of keys or values of the cache type T, with head_dim elements a row.
+template <class T>
+struct Granules {
+  const void* const* places;
+  int64_t head_dim;
+
+  static constexpr int64_t kElements = 16 / sizeof(T);  // in sixteen bytes
+  static constexpr int64_t kSize = sizeof(T);
+  INFERNEO_INLINE int64_t row_bytes() const { return head_dim * kSize; }
+  INFERNEO_INLINE const char* row(int64_t i) const {
+    return static_cast<const char*>(places[i / kGranule]) + i % kGranule * row_bytes();
+  }
+  // Sixteen bytes, from dimension d on, of the keys from `first` on: as words of kLanes keys. Asks for as many bytes of
+  // a later granule.
+  INFERNEO_INLINE void words(int64_t first, int64_t d, Words (&words)[4]) const {
+    prefetch(places + first / kGranule, first % kGranule * row_bytes() + d * kSize * kLanes, kLanes / 4);
+    load_words(row(first) + d * kSize, row_bytes(), words);
+  }
+  // Dimension d of the keys from `first` on.
+  INFERNEO_INLINE Vec column(int64_t first, int64_t d) const {
+    float column[kLanes];
+    for (int64_t j = 0; j < kLanes; ++j) column[j] = to_float(load_as<T>(row(first + j) + d * kSize));
+    return load(column);
+  }
+};
+
+// sums[r] += factors[r * stride] * columns.
+template <int64_t num_rows, int64_t num_columns>
+INFERNEO_INLINE void add_products(const float* factors, int64_t stride, const Vec (&columns)[num_columns],
+                                  Vec (&sums)[num_rows][num_columns]) {
+#pragma GCC unroll 6
+  for (int64_t r = 0; r < num_rows; ++r) {
+    const Vec factor = splat(factors[r * stride]);
+#pragma GCC unroll 4
+    for (int64_t n = 0; n < num_columns; ++n) sums[r][n] = fma(factor, columns[n], sums[r][n]);
+  }
+}
+
+// scores[r, j] = queries[r] * key `first` + j, for num_rows rows and num_vecs vectors of keys.
+template <class T, int64_t num_rows, int64_t num_vecs>
+INFERNEO_INLINE void score_block(const float* queries, const Granules<T>& keys, int64_t first, float* scores) {
+  Vec sums[num_rows][num_vecs] = {};
+  Vec columns[num_vecs];
+  int64_t d = 0;
+  for (; d + keys.kElements <= keys.head_dim; d += keys.kElements) {
+    Words words[num_vecs][4];
+#pragma GCC unroll 2
+    for (int64_t n = 0; n < num_vecs; ++n) keys.words(first + n * kLanes, d, words[n]);
+#pragma GCC unroll 16
+    for (int64_t i = 0; i < keys.kElements; ++i) {
+#pragma GCC unroll 2
+      for (int64_t n = 0; n < num_vecs; ++n) columns[n] = element<T>(words[n], i);
+      add_products<num_rows>(queries + d + i, keys.head_dim, columns, sums);
+    }
+  }
+  for (; d < keys.head_dim; ++d) {
+    for (int64_t n = 0; n < num_vecs; ++n) columns[n] = keys.column(first + n * kLanes, d);
+    add_products<num_rows>(queries + d, keys.head_dim, columns, sums);
+  }
+#pragma GCC unroll 6
+  for (int64_t r = 0; r < num_rows; ++r) {
+#pragma GCC unroll 2
+    for (int64_t n = 0; n < num_vecs; ++n) store(scores + r * kKeyChunk + first + n * kLanes, sums[r][n]);
+  }
+}
+
+// The scores of num_keys keys, whole granules, for few rows.
+template <class T, int64_t num_rows>
+void score_keys(const float* queries, const Granules<T>& keys, int64_t num_keys, float* scores) {
+  constexpr int64_t kVecs = 2 * num_rows <= kRows ? 2 : 1;  // two hide the latency of a chain
+  int64_t first = 0;
+  for (; first + kVecs * kLanes <= num_keys; first += kVecs * kLanes) {
+    score_block<T, num_rows, kVecs>(queries, keys, first, scores);
+  }
+  for (; first < num_keys; first += kLanes) score_block<T, num_rows, 1>(queries, keys, first, scores);
+}
+
+// out[d, j] = key j's dimension d; count in whole granules.
+template <class T>
+void widen_keys(const Granules<T>& keys, int64_t count, float* out) {
+  for (int64_t first = 0; first < count; first += kLanes) {
+    int64_t d = 0;
+    for (; d + keys.kElements <= keys.head_dim; d += keys.kElements) {
+      Words words[4];
+      keys.words(first, d, words);
+#pragma GCC unroll 16
+      for (int64_t i = 0; i < keys.kElements; ++i) store(out + (d + i) * kKeyTile + first, element<T>(words, i));
+    }
+    for (; d < keys.head_dim; ++d) store(out + d * kKeyTile + first, keys.column(first, d));
+  }
+}
+
+// out[j, d] = value j's dimension d, padded with zeros to whole vectors.
+template <class T>
+void widen_values(const Granules<T>& values, int64_t count, float* out) {
+  const int64_t stride = padded(values.head_dim);
+  for (int64_t j = 0; j < count; ++j) {
+    prefetch(values.places + j / kGranule, j % kGranule * values.row_bytes(), (values.row_bytes() + 63) / 64);
+    const T* const value = reinterpret_cast<const T*>(values.row(j));
+    int64_t d = 0;
+    for (; d + kLanes <= values.head_dim; d += kLanes) store(out + j * stride + d, load(value + d));
+    for (; d < stride; ++d) out[j * stride + d] = d < values.head_dim ? to_float(value[d]) : 0.0f;
+  }
+}
+
+// c[r, n] (+)= the sum over ascending k of a[r, k] * b[k, n], n over num_columns vectors.
+template <int64_t num_rows, int64_t num_columns>
+INFERNEO_INLINE void multiply_block(const float* a, int64_t a_stride, const float* b, int64_t b_stride, int64_t depth,
+                                    bool accumulate, float* c, int64_t c_stride) {
+  Vec sums[num_rows][num_columns];
+#pragma GCC unroll 6
+  for (int64_t r = 0; r < num_rows; ++r) {
+#pragma GCC unroll 4
+    for (int64_t n = 0; n < num_columns; ++n) {
+      sums[r][n] = accumulate ? load(c + r * c_stride + n * kLanes) : Vec{};
+    }
+  }
+  for (int64_t k = 0; k < depth; ++k) {
+    Vec columns[num_columns];
+    load_columns(b + k * b_stride, columns);
+    add_products<num_rows>(a + k, a_stride, columns, sums);
+  }
+#pragma GCC unroll 6
+  for (int64_t r = 0; r < num_rows; ++r) store_columns<float>(c + r * c_stride, sums[r]);
+}
+
+template <int64_t num_rows>
+void multiply_rows(const float* a, int64_t a_stride, const float* b, int64_t b_stride, int64_t depth, int64_t width,
+                   bool accumulate, float* c, int64_t c_stride) {
+  int64_t n = 0;
+  for (; n + kColumns * kLanes <= width; n += kColumns * kLanes) {
+    multiply_block<num_rows, kColumns>(a, a_stride, b + n, b_stride, depth, accumulate, c + n, c_stride);
+  }
+  for (; n < width; n += kLanes) {
+    multiply_block<num_rows, 1>(a, a_stride, b + n, b_stride, depth, accumulate, c + n, c_stride);
+  }
+}
+
+// c [num_rows, width] (+)= a [num_rows, depth] @ b [depth, width]; width in whole vectors.
+void multiply(const float* a, int64_t a_stride, const float* b, int64_t b_stride, int64_t num_rows, int64_t depth,
+              int64_t width, bool accumulate, float* c, int64_t c_stride) {
+  while (num_rows > 0) {
+    const int64_t rows = num_rows < kRows ? num_rows : kRows;
+    with_constant<kRows>(rows, [&](auto count) {
+      multiply_rows<count>(a, a_stride, b, b_stride, depth, width, accumulate, c, c_stride);
+    });
+    a += rows * a_stride;
+    c += rows * c_stride;
+    num_rows -= rows;
+  }
+}
+
+// out[r] = the sum of the values' dimensions from d on, num_columns vectors, weighted by weights[r].
+template <class T, int64_t num_rows, int64_t num_columns>
+INFERNEO_INLINE void sum_block(const float* weights, const Granules<T>& values, int64_t num_keys, int64_t d, float* out,
+                               int64_t stride) {
+  Vec sums[num_rows][num_columns] = {};
+  for (int64_t first = 0; first < num_keys; first += kGranule) {
+    const int64_t end = std::min(kGranule, num_keys - first);
+    for (int64_t j = 0; j < end; ++j) {
+      const int64_t offset = j * values.row_bytes() + d * values.kSize;
+      prefetch(values.places + first / kGranule, offset, (num_columns * kLanes * values.kSize + 63) / 64);
+      Vec columns[num_columns];
+      load_columns(reinterpret_cast<const T*>(values.row(first) + offset), columns);
+      add_products<num_rows>(weights + first + j, kKeyChunk, columns, sums);
+    }
+  }
+#pragma GCC unroll 6
+  for (int64_t r = 0; r < num_rows; ++r) store_columns<T>(out + r * stride + d, sums[r]);
+}
+
+// All dimensions, in whole vectors, for few rows.
+template <class T, int64_t num_rows>
+void sum_values(const float* weights, const Granules<T>& values, int64_t num_keys, float* out, int64_t stride) {
+  int64_t d = 0;
+  for (; d + kColumns * kLanes <= values.head_dim; d += kColumns * kLanes) {
+    sum_block<T, num_rows, kColumns>(weights, values, num_keys, d, out, stride);
+  }
+  for (; d < values.head_dim; d += kLanes) sum_block<T, num_rows, 1>(weights, values, num_keys, d, out, stride);
+}
+
+// scores becomes exp(score - largest) for the keys a row sees, and 0 for the others up to num_columns.
+void softmax_row(float* scores, int64_t num_keys, int64_t num_columns, float& largest, float& sum) {
+  const int64_t end = num_granules(num_keys) * kGranule;
+  std::fill(scores + num_keys, scores + end, -INFINITY);
+  Vec most = load(scores);
+  for (int64_t i = kLanes; i < end; i += kLanes) most = larger(load(scores + i), most);
+  largest = max_lanes(most);
+  Vec sums[kSumVecs] = {};
+  const auto add = [&](int64_t i, int64_t lane) {
+    const Vec weights = exp_fused(load(scores + i + lane * kLanes) - largest);
+    store(scores + i + lane * kLanes, weights);
+    return weights;
+  };
+  const int64_t whole = num_keys / kSumLanes * kSumLanes;
+  for (int64_t i = 0; i < whole; i += kSumLanes) {
+    for (int64_t j = 0; j < kSumVecs; ++j) sums[j] += add(i, j);
+  }
+  if (end > whole) {  // exp_fused gives no zeros, so the lanes past the last key are made zero here
+    for (int64_t j = 0; j < kSumVecs; ++j) add(whole, j);
+    std::fill(scores + num_keys, scores + end, 0.0f);
+    for (int64_t j = 0; j < kSumVecs; ++j) sums[j] += load(scores + whole + j * kLanes);
+  }
+  sum = sum_lanes(sums);
+  std::fill(scores + end, scores + num_columns, 0.0f);
+}
+
+template <class T>
+void attend(const AttentionTile& tile, const AttentionState& state, float* scratch) {
+  const int64_t head_dim = tile.head_dim, granules = num_granules(tile.num_keys), num_columns = granules * kGranule;
+  const Granules<T> keys{tile.granules, head_dim}, values{tile.granules + granules, head_dim};
+  float* const scores = scratch;                       // [num_rows, kKeyChunk]
+  float* const wide = scratch + kRowTile * kKeyChunk;  // [head_dim, kKeyTile], then [kKeyTile, padded]
+  const bool is_few = tile.num_rows <= kRows;
+  if (is_few) {
+    with_constant<kRows>(tile.num_rows,
+                         [&](auto rows) { score_keys<T, rows>(tile.queries, keys, num_columns, scores); });
+  }
+  for (int64_t first = 0; !is_few && first < num_columns; first += kKeyTile) {
+    const int64_t count = std::min(kKeyTile, num_columns - first);
+    widen_keys<T>({keys.places + first / kGranule, head_dim}, count, wide);
+    multiply(tile.queries, head_dim, wide, kKeyTile, tile.num_rows, head_dim, count, false, scores + first, kKeyChunk);
+  }
+  for (int64_t r = 0; r < tile.num_rows; ++r) {
+    if (tile.row_keys[r] > 0) {
+      softmax_row(scores + r * kKeyChunk, tile.row_keys[r], num_columns, state.largest[r], state.sum[r]);
+    } else {
+      std::fill_n(scores + r * kKeyChunk, num_columns, 0.0f);
+    }
+  }
+  if (is_few && head_dim % kLanes == 0) {
+    return with_constant<kRows>(tile.num_rows, [&](auto rows) {
+      sum_values<T, rows>(scores, values, tile.num_keys, state.values, state.stride);
+    });
+  }
+  for (int64_t first = 0; first < tile.num_keys; first += kKeyTile) {
+    const int64_t count = std::min(kKeyTile, tile.num_keys - first);
+    widen_values<T>({values.places + first / kGranule, head_dim}, count, wide);
+    multiply(scores + first, kKeyChunk, wide, padded(head_dim), tile.num_rows, count, padded(head_dim), first > 0,
+             state.values, state.stride);
+  }
+}
