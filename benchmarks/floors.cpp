@@ -1,15 +1,12 @@
-// What this machine can do at most, on one thread and on all: benchmarks/floors.py compiles and runs this.
+// What this machine can do at most, on one thread and on all: benchmarks/floors.py compiles this and calls it.
 //
-// Prints one line: threads, GB/s of reading 96 MiB on huge pages, Gop/s of 8-bit dot products, GFLOP/s of fp32 FMA,
-// nanoseconds of a round trip between the first two threads.
+// Each function at the end makes one attempt and gives its seconds; to take the best of several is the caller's.
 #include <immintrin.h>
 #include <sys/mman.h>
 
-#include <algorithm>
 #include <atomic>
 #include <chrono>
 #include <cstdint>
-#include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <thread>
@@ -17,36 +14,31 @@
 
 namespace {
 
-constexpr int64_t kBytes = int64_t{96} << 20;
-constexpr int kRounds = 50'000;
 constexpr int kChains = 12;  // above latency times throughput of every CPU so far
 
 double seconds_now() {
   return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
 }
 
-// Seconds from when all threads are there until all are done; the best of some tries.
+// Seconds from when all threads are there until all are done.
 template <class F>
-double best_seconds(int threads, int tries, F f) {
-  double best = 1e9;
-  for (int i = 0; i < tries; ++i) {
-    std::atomic<int> ready{0}, done{0};
-    const auto body = [&](int thread) {
-      ++ready;
-      while (ready < threads) _mm_pause();
-      f(thread);
-      ++done;
-    };
-    std::vector<std::thread> others;
-    for (int thread = 1; thread < threads; ++thread) others.emplace_back(body, thread);
-    while (ready < threads - 1) _mm_pause();
-    const double start = seconds_now();
-    body(0);
-    while (done < threads) _mm_pause();
-    best = std::min(best, seconds_now() - start);
-    for (std::thread& other : others) other.join();
-  }
-  return best;
+double seconds_of(int threads, F f) {
+  std::atomic<int> ready{0}, done{0};
+  const auto body = [&](int thread) {
+    ++ready;
+    while (ready < threads) _mm_pause();
+    f(thread);
+    ++done;
+  };
+  std::vector<std::thread> others;
+  for (int thread = 1; thread < threads; ++thread) others.emplace_back(body, thread);
+  while (ready < threads - 1) _mm_pause();
+  const double start = seconds_now();
+  body(0);
+  while (done < threads) _mm_pause();
+  const double seconds = seconds_now() - start;
+  for (std::thread& other : others) other.join();
+  return seconds;
 }
 
 #if defined(__AVX512F__)
@@ -74,8 +66,8 @@ Ints dot(Ints sum, Ints a, Ints b) {
 #endif
 
 // One stream a thread, fetched 1 KiB ahead into the L2: the fastest of what was tried on the reference machine.
-void read_share(const char* memory, int thread, int threads) {
-  const int64_t share = kBytes / threads / 256 * 256;
+void read_share(const char* memory, int64_t bytes, int thread, int threads) {
+  const int64_t share = bytes / threads / 256 * 256;
   const char* p = memory + share * thread;
   Ints sums[4] = {};
   for (const char* end = p + share; p < end; p += sizeof sums) {
@@ -85,35 +77,75 @@ void read_share(const char* memory, int thread, int threads) {
   for (Ints& sum : sums) asm volatile("" : "+v"(sum));
 }
 
-__attribute__((noinline)) void dot_products() {  // inlined, GCC 12 keeps the sums in memory
-  Ints sums[kChains] = {}, x = {};
+// `rounds` times kChains independent instructions. Not inlined: GCC 12 would keep the sums in memory.
+template <class Sums, class Operands, class F>
+__attribute__((noinline)) void chains(int64_t rounds, F instruction) {
+  Sums sums[kChains] = {};
+  Operands x = {};
   asm volatile("" : "+v"(x));
-  for (int i = 0; i < kRounds; ++i) {
+  for (int64_t i = 0; i < rounds; ++i) {
 #pragma GCC unroll 12
-    for (Ints& sum : sums) {
-      sum = dot(sum, x, x);
+    for (Sums& sum : sums) {
+      sum = instruction(sum, x);
       asm volatile("" : "+v"(sum));
     }
   }
 }
 
-__attribute__((noinline)) void multiply_adds() {
-  Floats sums[kChains] = {}, x = {};
-  asm volatile("" : "+v"(x));
-  for (int i = 0; i < kRounds; ++i) {
-#pragma GCC unroll 12
-    for (Floats& sum : sums) {
-      sum = fma(x, x, sum);
-      asm volatile("" : "+v"(sum));
-    }
-  }
+constexpr double lanes(int64_t rounds, int threads) { return static_cast<double>(rounds) * kChains * threads; }
+
+}  // namespace
+
+extern "C" {
+
+// Memory on huge pages, where the system gives them, filled with ones; the caller frees it.
+char* floors_memory(int64_t bytes) {
+  constexpr int64_t kHugePage = int64_t{2} << 20;
+  auto* memory = static_cast<char*>(std::aligned_alloc(kHugePage, (bytes + kHugePage - 1) / kHugePage * kHugePage));
+  if (memory == nullptr) return nullptr;
+  madvise(memory, bytes, MADV_HUGEPAGE);
+  std::memset(memory, 1, bytes);
+  return memory;
 }
 
-double round_trip_ns() {
+void floors_free(char* memory) { std::free(memory); }
+
+// Seconds of reading `bytes` bytes, each thread its own share.
+double floors_read(const char* memory, int64_t bytes, int threads) {
+  return seconds_of(threads, [&](int thread) { read_share(memory, bytes, thread, threads); });
+}
+
+// 8-bit operations a second, of `rounds` * kChains dot products a thread.
+double floors_int8(int64_t rounds, int threads) {
+  const double seconds =
+      seconds_of(threads, [&](int) { chains<Ints, Ints>(rounds, [](Ints sum, Ints x) { return dot(sum, x, x); }); });
+  return 2.0 * sizeof(Ints) * lanes(rounds, threads) / seconds;
+}
+
+// fp32 operations a second, of fused multiply-adds.
+double floors_fp32(int64_t rounds, int threads) {
+  const double seconds = seconds_of(
+      threads, [&](int) { chains<Floats, Floats>(rounds, [](Floats sum, Floats x) { return fma(x, x, sum); }); });
+  return 2.0 * sizeof(Floats) / 4 * lanes(rounds, threads) / seconds;
+}
+
+// bf16 operations a second; of fp32 ones where there is no instruction for bf16.
+double floors_bf16(int64_t rounds, int threads) {
+#if defined(__AVX512BF16__)
+  const double seconds = seconds_of(threads, [&](int) {
+    chains<Floats, __m512bh>(rounds, [](Floats sum, __m512bh x) { return _mm512_dpbf16_ps(sum, x, x); });
+  });
+  return 2.0 * sizeof(Floats) / 2 * lanes(rounds, threads) / seconds;
+#else
+  return floors_fp32(rounds, threads);
+#endif
+}
+
+// Nanoseconds of a round trip between two threads.
+double floors_round_trip() {
   constexpr int kTrips = 200;
   std::atomic<int> ball{0};
-  const double seconds = best_seconds(2, 20, [&](int thread) {
-    if (thread == 0) ball = 0;
+  const double seconds = seconds_of(2, [&](int thread) {
     for (int i = 0; i < kTrips; ++i) {
       while (ball.load() % 2 != thread) _mm_pause();
       ball.fetch_add(1);
@@ -122,18 +154,4 @@ double round_trip_ns() {
   return seconds / kTrips * 1e9;
 }
 
-}  // namespace
-
-int main(int argc, char** argv) {
-  const int threads = argc > 1 ? std::max(1, std::atoi(argv[1])) : 1;
-  auto* memory = static_cast<char*>(std::aligned_alloc(size_t{2} << 20, kBytes + (2 << 20)));
-  madvise(memory, kBytes, MADV_HUGEPAGE);
-  std::memset(memory, 1, kBytes);
-  const double read = best_seconds(threads, 8, [&](int thread) { read_share(memory, thread, threads); });
-  const double dots = best_seconds(threads, 40, [](int) { dot_products(); });
-  const double fmas = best_seconds(threads, 40, [](int) { multiply_adds(); });
-  const double lanes = static_cast<double>(kRounds) * kChains * threads;
-  std::printf("%d %.1f %.1f %.1f %.0f\n", threads, kBytes / read / 1e9, 2.0 * sizeof(Ints) * lanes / dots / 1e9,
-              2.0 * sizeof(Floats) / 4 * lanes / fmas / 1e9, threads > 1 ? round_trip_ns() : 0.0);
-  return 0;
-}
+}  // extern "C"

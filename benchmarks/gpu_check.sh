@@ -14,9 +14,12 @@ root="$(cd "$(dirname "$0")/.." && pwd)"
 out="${1:-$root/build/gpu_check}"
 shift || true
 site="${GPU_SITE:-$root/.gpu_site}"
-export PYTHONPATH="$root:$root/kernels:$root/benchmarks${site:+:$site}${PYTHONPATH:+:$PYTHONPATH}"
+mkdir -p "$out"
+packages="$(cd "$out" && pwd)/packages"  # benchmarks/ under the name that an installation gives it
+mkdir -p "$packages"
+ln -sfn "$root/benchmarks" "$packages/inferneo_benchmarks"
+export PYTHONPATH="$root:$root/kernels:$root/benchmarks:$packages${site:+:$site}${PYTHONPATH:+:$PYTHONPATH}"
 export PYTHONUNBUFFERED=1
 unset TRITON_INTERPRET
-mkdir -p "$out"
 cd "$root"
 exec "${PYTHON:-python3}" -m gpu.check "$out" "$@"

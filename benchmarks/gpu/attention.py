@@ -6,10 +6,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from gpu.measure import copy_bandwidth, microseconds, relative_error, require, write
 from inferneo_kernels.attention import attention, attention_workspace
 from torch import Tensor
-
-from gpu.measure import copy_bandwidth, microseconds, relative_error, require, write
 
 NUM_HEADS, NUM_KV_HEADS, BLOCK_SIZE = 32, 8, 16
 

@@ -7,9 +7,9 @@ import time
 from typing import Any
 
 import torch
-
 from gpu.measure import matmul_peak, require, write
 from gpu.models import random_engine
+
 from inferneo_core import Engine, SamplingParams
 from inferneo_core.runner import Pending
 

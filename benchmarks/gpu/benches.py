@@ -10,7 +10,7 @@ from pathlib import Path
 from gpu.measure import require, write
 
 ROOT = Path(__file__).resolve().parents[2]
-FILES = ("benchmarks/bench_attention.py",)
+FILES = ("benchmarks/bench_attention_peers.py",)
 
 
 def main() -> None:

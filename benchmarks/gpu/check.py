@@ -33,6 +33,7 @@ PARTS = (
     Part("attention"),
     Part("benches", ("pytest", "pytest_benchmark")),
     Part("sampling"),
+    Part("head"),
     Part("decode_1b", ENGINE),
     Part("decode_8b", ENGINE),
     Part("decode_8b_q4", ENGINE),

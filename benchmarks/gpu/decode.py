@@ -8,9 +8,9 @@ import time
 from typing import Any
 
 import torch
-
 from gpu.measure import copy_bandwidth, require, write
 from gpu.models import random_engine
+
 from inferneo_core import Engine, SamplingParams
 
 CONTEXT, TOKENS = 1024, 256

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import triton
-
 from gpu.measure import require, write
 from gpu.models import random_engine
+
 from inferneo_core import Engine, SamplingParams
 
 GOLDEN = Path(__file__).resolve().parents[2] / "tests" / "golden" / "smollm2_greedy.json"

@@ -6,10 +6,9 @@ from functools import partial
 from typing import Any
 
 import torch
+from gpu.measure import copy_bandwidth, microseconds, write
 from inferneo_kernels import linear
 from inferneo_kernels.quant_layout import Weight, dense, repack
-
-from gpu.measure import copy_bandwidth, microseconds, write
 
 # Llama-3.1-8B and Llama-3.2-1B: (rows, columns) of QKV, output, gate and up, down.
 SHAPES_8B = ((6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336))

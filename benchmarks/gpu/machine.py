@@ -6,7 +6,6 @@ import platform
 
 import torch
 import triton
-
 from gpu.measure import copy_bandwidth, matmul_peak, require, write
 
 

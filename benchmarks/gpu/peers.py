@@ -6,9 +6,8 @@ import time
 from typing import Any
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
-
 from gpu.measure import write
+from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
 
 CONTEXT, TOKENS = 1024, 64
 

@@ -6,9 +6,9 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
+from gpu.measure import relative_error, require, write
 from torch import Tensor
 
-from gpu.measure import relative_error, require, write
 from inferneo_core.batch import AttentionMetadata
 from inferneo_core.ops.base import CacheLayer, Linear, Norm, Ops, Segment
 from inferneo_core.ops.torch_ops import TorchOps

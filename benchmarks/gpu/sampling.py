@@ -6,10 +6,9 @@ from functools import partial
 from typing import Any
 
 import torch
+from gpu.measure import microseconds, require, write
 from inferneo_kernels.sampling import sample
 from torch import Tensor
-
-from gpu.measure import microseconds, require, write
 
 VOCAB = 128256
 KINDS: dict[str, dict[str, float]] = {

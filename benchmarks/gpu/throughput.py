@@ -7,6 +7,7 @@ from typing import Any
 
 from gpu.measure import require, write
 from gpu.models import random_engine
+
 from inferneo_core import SamplingParams
 
 NUM_STREAMS, PROMPT, OUTPUT = 256, 512, 256

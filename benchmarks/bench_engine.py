@@ -1,0 +1,125 @@
+"""The engine as its users see it: first token, tokens after it, many streams at once, and what a step costs outside
+the kernels. On the default model."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+from inferneo_benchmarks.bench_model import engine_of, prompt
+from inferneo_benchmarks.timing import CpuMeter, Samples, measure
+
+from inferneo_core import Engine, SamplingParams
+
+pytestmark = [pytest.mark.backend("cpu"), pytest.mark.model("smollm2-135m")]
+GREEDY: dict[str, Any] = {"temperature": 0.0, "ignore_eos": True}
+
+
+@pytest.fixture(scope="module")
+def engine(num_threads: int) -> Iterator[Engine]:
+    with engine_of("cpu", "smollm2-135m", num_threads) as made:
+        (answer,) = made.generate(["The capital of France is"], SamplingParams(max_tokens=3, **GREEDY))
+        assert answer.text.startswith(" Paris")
+        yield made
+
+
+@pytest.fixture
+def budget(request: pytest.FixtureRequest) -> float:
+    return float(request.config.getoption("--budget"))
+
+
+@pytest.mark.parametrize("length", [16, 128, pytest.param(512, marks=pytest.mark.full)])
+def test_first_token(
+    benchmark: Any, record: Callable[..., Any], cpu_meter: CpuMeter, engine: Engine, budget: float, length: int
+) -> None:
+    salts = itertools.count()
+
+    def first() -> None:
+        with engine.stream(prompt(length, next(salts)), SamplingParams(max_tokens=1, **GREEDY)) as stream:
+            assert next(stream).index == 0
+
+    samples = measure(benchmark, cpu_meter, first, probe="int8", budget_s=budget)
+    one = record("engine", samples, cpu_meter, "int8", latencies_ms=[second * 1e3 for second in samples.seconds])
+    one.facts["prompt_tokens_per_s"] = round(length / one.median_s, 1)
+
+
+def test_token_after_token(
+    benchmark: Any, record: Callable[..., Any], cpu_meter: CpuMeter, engine: Engine, budget: float
+) -> None:
+    with engine.stream(prompt(16), SamplingParams(max_tokens=400, **GREEDY)) as stream:
+        assert next(stream).index == 0
+        samples = measure(benchmark, cpu_meter, lambda: next(stream), probe="read", budget_s=budget * 2)
+    one = record("engine", samples, cpu_meter, "read", latencies_ms=[second * 1e3 for second in samples.seconds])
+    one.facts["tokens_per_s"] = round(1 / one.median_s, 1)
+
+
+@pytest.mark.parametrize("num_streams", [8, pytest.param(32, marks=pytest.mark.full)])
+def test_streams(
+    benchmark: Any, record: Callable[..., Any], cpu_meter: CpuMeter, engine: Engine, num_streams: int
+) -> None:
+    """Whole answers of many streams; latencies are the times between two tokens of one stream, prefills included."""
+    params = SamplingParams(max_tokens=24, **GREEDY)
+    gaps: list[float] = []
+
+    def generate() -> None:
+        streams = [engine.stream(prompt(64, salt), params) for salt in range(num_streams)]
+        latest: dict[int, float] = {}
+        for _ in range(24):
+            for stream in streams:
+                next(stream)
+                now = time.perf_counter()
+                if stream.request_id in latest:
+                    gaps.append((now - latest[stream.request_id]) * 1e3)
+                latest[stream.request_id] = now
+        assert all(stream.finish_reason == "length" for stream in streams)
+
+    samples = measure(benchmark, cpu_meter, generate, probe="read", budget_s=0.0, min_rounds=2)
+    one = record("engine", samples, cpu_meter, "read", latencies_ms=gaps)
+    one.facts["tokens_per_s"] = round(24 * num_streams / one.median_s, 1)
+
+
+@pytest.mark.parametrize("num_seqs", [1, 8, pytest.param(32, marks=pytest.mark.full)])
+def test_step_outside_kernels(
+    benchmark: Any,
+    record: Callable[..., Any],
+    cpu_meter: CpuMeter,
+    monkeypatch: pytest.MonkeyPatch,
+    engine: Engine,
+    num_seqs: int,
+) -> None:
+    """Scheduling, building, delivery: a step's time less that of its one call into C++."""
+    tape = engine._runner._tape
+    assert tape is not None
+    inside = [0.0]
+
+    def timed(method: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any) -> Any:
+            started = time.perf_counter()
+            try:
+                return method(*args)
+            finally:
+                inside[0] += time.perf_counter() - started
+
+        return call
+
+    for name in ("launch", "again"):
+        monkeypatch.setattr(type(tape), name, timed(getattr(type(tape), name)))
+    params = SamplingParams(max_tokens=400, temperature=0.8, top_p=0.9, seed=1, ignore_eos=True)
+    streams = [engine.stream([5, 6, 7, salt + 1], params) for salt in range(num_seqs)]
+    assert all(next(stream).index == 0 for stream in streams)
+    samples = Samples()
+
+    def step() -> None:
+        inside[0] = 0.0
+        started = time.perf_counter()
+        engine.step()
+        samples.seconds.append(time.perf_counter() - started - inside[0])
+
+    benchmark.pedantic(step, setup=lambda: samples.probe_seconds.append(cpu_meter.probe("python")), rounds=40)
+    for stream in streams:
+        stream.close()
+    assert min(samples.seconds) > 0
+    record("engine", samples, cpu_meter, "python")
