@@ -29,6 +29,7 @@ FILES = {
     "lm_head": "bench_lm_head.py",
     "sample": "bench_sample.py",
     "model": "bench_model.py",
+    "products": "bench_products.py",
     "engine": "bench_engine.py",
     "load": "bench_load.py",
     "tokenizer": "bench_tokenizer.py",

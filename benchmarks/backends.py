@@ -81,7 +81,7 @@ class Backend:
 
     def compute(self, verb: str) -> str:
         """The type whose multiply-adds bound a verb here: a key of Ceilings.operations_per_s."""
-        if verb == "sample" or (verb == "attention" and self.name != "triton"):
+        if verb in ("sample", "score") or (verb == "attention" and self.name != "triton"):
             return "fp32"
         if self.name == "cpu":
             return "fp32" if self.storage.weights in DENSE_BYTES else "int8"

@@ -13,17 +13,19 @@ from inferneo_benchmarks.selection import Choice, parameters
 from inferneo_core.config import ModelConfig
 
 QUICK = ("1x(1x512)", "1x(1x4096)", "8x(1x512)", "1x(128x128)", "1x(512x2048)", "8x(1x512)+1x(128x128)")
-FULL = ("1x(1x8192)", "32x(1x1024)", "64x(1x1024)", "1x(2048x2048)", "1x(8192x8192)")
-GPU = ("32x(1x4096)", "1x(16384x16384)")
+FULL = ("1x(1x8192)", "32x(1x1024)", "1x(2048x2048)")
+GPU = ("32x(1x4096)", "64x(1x1024)", "1x(8192x8192)")
 
 
 def mixtures(choice: Choice) -> list[str]:
     """The mixtures for a choice: attention reads no weights, so one type of them each is enough."""
     if choice.backend == "torch":
         return [QUICK[3]]
-    if choice.backend == "cpu":
-        return list(QUICK) if choice.weights in ("Q4_1", "Q4_K") else []
-    return [*QUICK, *FULL, *GPU] if choice.weights == "BF16" else []
+    if choice.weights not in (("Q4_1", "Q4_K") if choice.backend == "cpu" else ("BF16",)):
+        return []
+    if choice.is_full:
+        return list(FULL)
+    return list(QUICK) if choice.backend == "cpu" else [*QUICK, *GPU]
 
 
 def sequences(mixture: str) -> list[SequenceWork]:

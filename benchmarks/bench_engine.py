@@ -5,16 +5,29 @@ from __future__ import annotations
 
 import itertools
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator
+from operator import attrgetter
+from statistics import median
 from typing import Any
 
 import pytest
-from inferneo_benchmarks.bench_model import engine_of, prompt
+from inferneo_benchmarks import counts
+from inferneo_benchmarks.bench_model import STORAGE, engine_of, prompt, whole
+from inferneo_benchmarks.counts import SequenceWork
 from inferneo_benchmarks.timing import CpuMeter, Samples, measure
 
 from inferneo_core import Engine, SamplingParams
 
 pytestmark = [pytest.mark.backend("cpu"), pytest.mark.model("smollm2-135m")]
+KERNELS = "tape"
+PARTS = {  # of a step that only decodes: the methods that do each
+    "schedule": ("_scheduler.schedule",),
+    "build": ("_runner._builder.next_decode", "_runner._builder.model_input", "_runner._builder.sampling_batch"),
+    KERNELS: ("_runner._tape.launch", "_runner._tape.again"),
+    "update": ("_scheduler.update",),
+    "deliver": ("_deliver",),
+}
 GREEDY: dict[str, Any] = {"temperature": 0.0, "ignore_eos": True}
 
 
@@ -42,7 +55,10 @@ def test_first_token(
             assert next(stream).index == 0
 
     samples = measure(benchmark, cpu_meter, first, probe="int8", budget_s=budget)
-    one = record("engine", samples, cpu_meter, "int8", latencies_ms=[second * 1e3 for second in samples.seconds])
+    count = whole(counts.step(engine.model_config, STORAGE["cpu"], [SequenceWork(length, length)]))
+    fields = {"num_bytes": count.num_bytes, "num_operations": count.num_operations, "compute": "int8"}
+    fields["latencies_ms"] = [second * 1e3 for second in samples.seconds]
+    one = record("engine", samples, cpu_meter, "int8", **fields)
     one.facts["prompt_tokens_per_s"] = round(length / one.median_s, 1)
 
 
@@ -90,36 +106,45 @@ def test_step_outside_kernels(
     engine: Engine,
     num_seqs: int,
 ) -> None:
-    """Scheduling, building, delivery: a step's time less that of its one call into C++."""
-    tape = engine._runner._tape
-    assert tape is not None
-    inside = [0.0]
-
-    def timed(method: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*args: Any) -> Any:
-            started = time.perf_counter()
-            try:
-                return method(*args)
-            finally:
-                inside[0] += time.perf_counter() - started
-
-        return call
-
-    for name in ("launch", "again"):
-        monkeypatch.setattr(type(tape), name, timed(getattr(type(tape), name)))
+    """Scheduling, building, delivery: a step's time less that of its one call into C++; the parts are facts."""
     params = SamplingParams(max_tokens=400, temperature=0.8, top_p=0.9, seed=1, ignore_eos=True)
     streams = [engine.stream([5, 6, 7, salt + 1], params) for salt in range(num_seqs)]
     assert all(next(stream).index == 0 for stream in streams)
-    samples = Samples()
+    samples, by_part = Samples(), defaultdict[str, list[float]](list)
+    taken = timed_parts(engine, monkeypatch)
 
     def step() -> None:
-        inside[0] = 0.0
-        started = time.perf_counter()
-        engine.step()
-        samples.seconds.append(time.perf_counter() - started - inside[0])
+        taken.clear()
+        seconds = cpu_meter.seconds(engine.step)
+        samples.seconds.append(seconds - taken[KERNELS])
+        for part in PARTS:
+            by_part[part].append(taken[part])
 
     benchmark.pedantic(step, setup=lambda: samples.probe_seconds.append(cpu_meter.probe("python")), rounds=40)
     for stream in streams:
         stream.close()
     assert min(samples.seconds) > 0
-    record("engine", samples, cpu_meter, "python")
+    one = record("engine", samples, cpu_meter, "python")
+    one.facts.update({f"{part}_us": round(median(seconds) * 1e6, 1) for part, seconds in by_part.items()})
+
+
+def timed_parts(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
+    """Seconds spent in each of PARTS since the dict was cleared, from now on."""
+    seconds: dict[str, float] = defaultdict(float)
+
+    def timed(method: Callable[..., Any], part: str) -> Callable[..., Any]:
+        def call(*args: Any) -> Any:
+            started = time.perf_counter()
+            try:
+                return method(*args)
+            finally:
+                seconds[part] += time.perf_counter() - started
+
+        return call
+
+    for part, methods in PARTS.items():
+        for path in methods:
+            *owners, name = path.split(".")
+            owner = type(attrgetter(".".join(owners))(engine)) if owners else type(engine)
+            monkeypatch.setattr(owner, name, timed(getattr(owner, name), part))
+    return seconds

@@ -11,7 +11,7 @@ from inferneo_core.config import ModelConfig
 
 def rows(choice: Choice) -> list[int]:
     """Prefill draws one token a sequence, so few rows will do; a large head takes seconds to make and to check."""
-    if choice.backend == "cpu" and choice.model != "smollm2-135m" and len(choice.tokens) == 1:
+    if choice.backend == "cpu" and choice.model != "smollm2-135m" and not choice.is_full:
         return []
     return [tokens for tokens in choice.tokens if tokens <= 64]
 

@@ -10,7 +10,7 @@ import pytest
 from inferneo_benchmarks import counts
 from inferneo_benchmarks.counts import Count, SequenceWork
 from inferneo_benchmarks.gpu.models import random_engine
-from inferneo_benchmarks.models import Storage
+from inferneo_benchmarks.models import MODELS, Storage
 from inferneo_benchmarks.timing import CpuMeter, GpuMeter, Meter, measure
 
 from inferneo_core import Engine, Profile, SamplingParams
@@ -20,7 +20,7 @@ MAX_TOKENS = 400
 CPU, GPU = pytest.mark.backend("cpu"), pytest.mark.backend("triton")
 DEFAULT = pytest.mark.model("smollm2-135m")
 STORAGE = {"cpu": Storage("Q4_1", 4, 2, head="Q8_0"), "triton": Storage("BF16", 2, 2)}
-SHAPES = {"llama-3.2-1b": "1b", "llama-3.1-8b": "8b"}  # of random_engine
+GPU_MODELS = ("llama-3.2-1b", "llama-3.1-8b")
 
 
 def steps() -> list[Any]:
@@ -31,7 +31,7 @@ def steps() -> list[Any]:
         sizes = f"{num_seqs}x{context}"
         values = ("cpu", "smollm2-135m", num_seqs, context)
         found.append(pytest.param(*values, id=f"cpu-smollm2-135m-{sizes}", marks=[CPU, DEFAULT, *chosen]))
-        for model in SHAPES:
+        for model in GPU_MODELS:
             on = [GPU, pytest.mark.model(model), *chosen]
             found.append(pytest.param("triton", model, num_seqs, context, id=f"triton-{model}-{sizes}", marks=on))
     return found
@@ -42,7 +42,7 @@ def engine_of(backend: str, model: str, num_threads: int, **arguments: Any) -> I
     """The default model on a CPU, random weights of a known shape on a GPU."""
     arguments = {"enable_prefix_caching": False, "max_model_len": 4608, "max_num_seqs": 32, **arguments}
     if backend == "triton":
-        with random_engine(SHAPES[model], ops="triton", dtype="bfloat16", **arguments) as engine:
+        with random_engine(MODELS[model], ops="triton", dtype="bfloat16", **arguments) as engine:
             yield engine
     else:
         with Engine("smollm2-135m-instruct", ops="cpu", num_threads=num_threads, **arguments) as engine:
@@ -98,7 +98,7 @@ def test_decode_step(
         pytest.param("cpu", "smollm2-135m", 1024, id="cpu-smollm2-135m-1024", marks=[CPU, DEFAULT]),
         *(
             pytest.param("triton", model, 1024, id=f"triton-{model}-1024", marks=[GPU, pytest.mark.model(model)])
-            for model in SHAPES
+            for model in GPU_MODELS
         ),
     ],
 )

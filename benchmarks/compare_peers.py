@@ -109,13 +109,15 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--peers-python", default=sys.executable, help="the interpreter that has the peers")
+    parser.add_argument("--engines", nargs="*", default=[], help="beginnings of the names of the peers to run")
     parser.add_argument("--only", nargs="*", default=[], help="beginnings of the titles of the tasks to run")
     parser.add_argument(
         "--models", type=Path, default=Path(".venv-peers/models"), help="where peer_models.py keeps them"
     )
     args = parser.parse_args()
     models = PeerModels(args.models, args.peers_python)
-    engines = list(started(models, args.peers_python, args.threads))
+    chosen = [one for one in CONTENDERS if one.name == OURS or one.name.startswith(tuple(args.engines or [""]))]
+    engines = list(started(chosen, models, args.peers_python, args.threads))
     try:
         for task in TASKS:
             if not args.only or any(task.title.startswith(begin) for begin in args.only):
@@ -128,9 +130,9 @@ def main() -> None:
             engine.close()
 
 
-def started(models: PeerModels, peers_python: str, threads: int) -> Iterator[Engine]:
+def started(contenders: list[Contender], models: PeerModels, peers_python: str, threads: int) -> Iterator[Engine]:
     """The engines that are installed, this one first; says which are not."""
-    for name, kind, find_model in CONTENDERS:
+    for name, kind, find_model in contenders:
         try:
             engine = Engine(name, kind, sys.executable if name == OURS else peers_python, find_model(models), threads)
         except RuntimeError as error:

@@ -15,7 +15,7 @@ from inferneo_core.config import ModelConfig
 
 ROPE_BYTES = 4  # cosines and sines are fp32
 ID_BYTES = 8  # token ids, positions and slots are int64
-LOGIT_BYTES = 4
+LOGIT_BYTES = LOGPROB_BYTES = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +106,14 @@ def lm_head(config: ModelConfig, storage: Storage, num_rows: int) -> Count:
 def sample(vocab_size: int, num_rows: int) -> Count:
     """Logits in, one id a row out; one comparison a logit."""
     return Count(num_rows * (vocab_size * LOGIT_BYTES + ID_BYTES), num_rows * vocab_size)
+
+
+def score(vocab_size: int, num_rows: int, num_logprobs: int) -> Count:
+    """Logits and targets in; a log-probability and a rank a row out, and so many listed tokens. A comparison, an
+    exponential and an addition a logit."""
+    listed = num_logprobs * (ID_BYTES + LOGPROB_BYTES)
+    a_row = vocab_size * LOGIT_BYTES + ID_BYTES + LOGPROB_BYTES + ID_BYTES + listed
+    return Count(num_rows * a_row, 3 * num_rows * vocab_size)
 
 
 def step(config: ModelConfig, storage: Storage, sequences: Sequence[SequenceWork]) -> Mapping[str, Count]:

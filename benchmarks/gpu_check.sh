@@ -18,8 +18,8 @@ mkdir -p "$out"
 packages="$(cd "$out" && pwd)/packages"  # benchmarks/ under the name that an installation gives it
 mkdir -p "$packages"
 ln -sfn "$root/benchmarks" "$packages/inferneo_benchmarks"
-export PYTHONPATH="$root:$root/kernels:$root/benchmarks:$packages${site:+:$site}${PYTHONPATH:+:$PYTHONPATH}"
+export PYTHONPATH="$root:$root/kernels:$packages${site:+:$site}${PYTHONPATH:+:$PYTHONPATH}"
 export PYTHONUNBUFFERED=1
 unset TRITON_INTERPRET
 cd "$root"
-exec "${PYTHON:-python3}" -m gpu.check "$out" "$@"
+exec "${PYTHON:-python3}" -m inferneo_benchmarks.gpu.check "$out" "$@"

@@ -10,12 +10,14 @@ from inferneo_benchmarks.models import MODELS
 
 
 class Choice(NamedTuple):
-    """Attributes: backend, model and type of the weights; tokens or rows that a call has."""
+    """Attributes: backend, model and type of the weights; tokens or rows that a call has; whether only a full run asks
+    for it."""
 
     backend: str
     model: str
     weights: str
     tokens: tuple[int, ...]
+    is_full: bool = False
 
 
 QUICK = (
@@ -44,14 +46,14 @@ def parameters(tokens_of: Callable[[Choice], Iterable[Any]] = lambda choice: cho
     """
     known: set[str] = set()
     found = []
-    for choices, marks in ((QUICK, ()), (FULL, (pytest.mark.full,))):
-        for choice in choices:
-            for size in tokens_of(choice):
-                name = f"{choice.backend}-{choice.model}-{choice.weights}-{size}"
-                if name in known:
-                    continue
-                known.add(name)
-                on = (pytest.mark.backend(choice.backend), pytest.mark.model(choice.model), *marks)
-                values = (choice.backend, MODELS[choice.model], choice.weights, size)
-                found.append(pytest.param(*values, id=name, marks=on))
+    for choice in (*QUICK, *(choice._replace(is_full=True) for choice in FULL)):
+        for size in tokens_of(choice):
+            name = f"{choice.backend}-{choice.model}-{choice.weights}-{size}"
+            if name in known:
+                continue
+            known.add(name)
+            on = [pytest.mark.backend(choice.backend), pytest.mark.model(choice.model)]
+            on += [pytest.mark.full] if choice.is_full else []
+            values = (choice.backend, MODELS[choice.model], choice.weights, size)
+            found.append(pytest.param(*values, id=name, marks=on))
     return pytest.mark.parametrize(("backend", "config", "weights", "size"), found)

@@ -12,6 +12,7 @@ from inferneo_benchmarks import counts
 from inferneo_benchmarks.backends import TORCH_DTYPES, Backend, Case
 from inferneo_benchmarks.counts import SequenceWork
 from inferneo_benchmarks.models import DENSE_BYTES
+from inferneo_benchmarks.quant_blocks import random_blocks
 from torch import Tensor
 
 from inferneo_core.batch import (
@@ -21,6 +22,7 @@ from inferneo_core.batch import (
     SEED,
     TOP_K,
     TOP_P,
+    TYPICAL_P,
     AttentionMetadata,
     SamplingBatch,
     empty_sampling_batch,
@@ -29,16 +31,15 @@ from inferneo_core.config import ModelConfig
 from inferneo_core.kv_cache import KVCache
 from inferneo_core.ops.base import CacheLayer, Linear, Norm, Segment
 from inferneo_core.ops.torch_ops import TorchOps
-from inferneo_core.weights.dequant import BLOCK_TYPES
 
 BLOCK_SIZE = 16
-# Where a block's fp16 scales stand; the rest are codes, and any bits are right.
-_SCALES = {"Q4_0": (0, 2), "Q4_1": (0, 4), "Q5_0": (0, 2), "Q5_1": (0, 4), "Q8_0": (0, 2), "Q4_K": (0, 4)}
-_SCALES |= {"Q5_K": (0, 4), "Q6_K": (208, 210)}
 SAMPLERS: dict[str, dict[int, float]] = {
     "greedy": {INV_TEMPERATURE: 0.0},
     "plain": {INV_TEMPERATURE: 1.25},
     "filters": {INV_TEMPERATURE: 1.25, TOP_P: 0.9, MIN_P: 0.05},
+    "min_p": {INV_TEMPERATURE: 1.25, MIN_P: 0.05},
+    "top_p": {INV_TEMPERATURE: 1.25, TOP_P: 0.9},
+    "typical": {INV_TEMPERATURE: 1.25, TYPICAL_P: 0.9},
 }
 
 
@@ -61,13 +62,8 @@ class Operands:
         if type_ in DENSE_BYTES:
             dense = self._random(num_rows, num_columns) * num_columns**-0.5
             return Linear((Segment(dense.to(TORCH_DTYPES[type_])),), num_columns)
-        block, size = BLOCK_TYPES[type_]
-        shape = (num_rows, num_columns // block, size)
-        data = torch.randint(256, shape, dtype=torch.uint8, generator=self._generator)
-        start, end = _SCALES[type_]
-        scale = torch.full(((end - start) // 2,), 1e-3, dtype=torch.float16)
-        data[..., start:end] = scale.view(torch.uint8)
-        return Linear((Segment(data.flatten(1), type_),), num_columns)
+        data = random_blocks(num_rows, num_columns, type_, self._generator)
+        return Linear((Segment(data, type_),), num_columns)
 
     def cache(self, config: ModelConfig, num_blocks: int, num_copies: int) -> list[CacheLayer]:
         """As many layers of a KVCache as there are copies, all full."""
@@ -183,14 +179,13 @@ def lm_head(backend: Backend, config: ModelConfig, num_rows: int) -> tuple[Case,
     return Case(call, (x,), num_copies, rows=torch.arange(num_rows)), count
 
 
-def sample(backend: Backend, vocab_size: int, num_rows: int, sampler: str) -> tuple[Case, counts.Count]:
-    """Logits that fall off as a language model's do: the k-th of a random order lies 1.5 * ln(k) below the first."""
+def sample(
+    backend: Backend, vocab_size: int, num_rows: int, sampler: str, is_wide: bool = False
+) -> tuple[Case, counts.Count]:
+    """Draws from logits that fall off as a language model's do, or from wide ones: the worst case for top-p."""
     count = counts.sample(vocab_size, num_rows)
     num_copies = 4 if backend.name == "torch" else backend.num_copies(count)  # it sorts, which takes 10 ms a row
-    generator = torch.Generator().manual_seed(0)
-    ranks = torch.stack([torch.randperm(vocab_size, generator=generator) for _ in range(num_rows)])
-    logits = torch.randn(num_rows, vocab_size, generator=generator) * 0.5 + 18 - 1.5 * (ranks + 1).float().log()
-    memory = logits.to(backend.device).repeat(num_copies, 1, 1)
+    memory = _logits(vocab_size, num_rows, is_wide).to(backend.device).repeat(num_copies, 1, 1)
     batch = _sampling_batch(num_rows, sampler).to(backend.device)
 
     def call(ops: Any, inputs: tuple[Tensor, ...], copy: int) -> Tensor:
@@ -200,13 +195,37 @@ def sample(backend: Backend, vocab_size: int, num_rows: int, sampler: str) -> tu
     return Case(call, (), num_copies, is_eager=True), count
 
 
+def score(backend: Backend, vocab_size: int, num_rows: int, num_logprobs: int) -> tuple[Case, counts.Count]:
+    """Log-probabilities of one token a row, and of the likeliest num_logprobs."""
+    count = counts.score(vocab_size, num_rows, num_logprobs)
+    num_copies = 4 if backend.name == "torch" else backend.num_copies(count)
+    memory = _logits(vocab_size, num_rows, is_wide=False).to(backend.device).repeat(num_copies, 1, 1)
+    targets = torch.arange(7, 7 + num_rows).to(backend.device)
+
+    def call(ops: Any, inputs: tuple[Tensor, ...], copy: int) -> Tensor:
+        logprobs: Tensor = ops.score(memory[copy], targets, num_logprobs).logprobs
+        return logprobs
+
+    return Case(call, (), num_copies, is_eager=True), count
+
+
+def _logits(vocab_size: int, num_rows: int, is_wide: bool) -> Tensor:
+    """[num_rows, vocab_size] fp32; unless wide, the k-th of a random order lies 1.5 * ln(k) below the first."""
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(num_rows, vocab_size, generator=generator)
+    if is_wide:
+        return logits
+    ranks = torch.stack([torch.randperm(vocab_size, generator=generator) for _ in range(num_rows)])
+    return logits * 0.5 + 18 - 1.5 * (ranks + 1).float().log()
+
+
 def _sampling_batch(num_rows: int, sampler: str) -> SamplingBatch:
     batch = empty_sampling_batch(num_rows)
     for column, value in SAMPLERS[sampler].items():
         batch.floats[:, column] = value
     batch.ints[:, TOP_K] = 50 if sampler == "filters" else 0
     batch.ints[:, SEED], batch.ints[:, POSITION] = torch.arange(num_rows), 100
-    return replace(batch, has_filters=sampler == "filters")
+    return replace(batch, has_filters=sampler not in ("greedy", "plain"))
 
 
 def relative_error(backend: Backend, verb: str, shape: dict[str, Any]) -> float:
@@ -215,7 +234,7 @@ def relative_error(backend: Backend, verb: str, shape: dict[str, Any]) -> float:
     Tokens have no norm: the share of those that differ.
     """
     build = {"qkv_rope_store": qkv_rope_store, "attention": attention, "linear_add": linear_add}
-    build |= {"gate_up_silu": gate_up_silu, "lm_head": lm_head, "sample": sample}
+    build |= {"gate_up_silu": gate_up_silu, "lm_head": lm_head, "sample": sample, "score": score}
     found, expected = (_result(one, build[verb], shape) for one in (backend, _Reference(backend)))
     if verb == "sample":
         return float((found != expected).double().mean())
@@ -226,16 +245,16 @@ def _result(backend: Backend, build: Any, shape: dict[str, Any]) -> Tensor:
     case, _ = build(backend, **shape)
     with torch.inference_mode():
         result: Tensor = case.call(backend.ops, case.inputs, 0)
-    return result.cpu() if result.dtype == torch.int64 else result.double().flatten(1).cpu()
+    return result.cpu() if result.dtype == torch.int64 else result.double().flatten().cpu()
 
 
 class _Reference(Backend):
-    """TorchOps in fp32 on the CPU, given the operands that another backend is given."""
+    """TorchOps in fp32 on the same device, given the operands that another backend is given."""
 
     def __init__(self, backend: Backend) -> None:
         self.name = "torch"
-        self.device = torch.device("cpu")
-        self.ops = TorchOps(torch.float32)
+        self.device = backend.device
+        self.ops = TorchOps(torch.float32, self.device)
         self.storage = backend.storage
         self._cache_dtype = backend.cache_dtype
 

@@ -7,8 +7,9 @@ import time
 from typing import Any
 
 import torch
-from gpu.measure import matmul_peak, require, write
-from gpu.models import random_engine
+from inferneo_benchmarks.gpu.measure import matmul_peak, require, write
+from inferneo_benchmarks.gpu.models import random_engine
+from inferneo_benchmarks.models import MODELS
 
 from inferneo_core import Engine, SamplingParams
 from inferneo_core.runner import Pending
@@ -58,7 +59,9 @@ def prefill_seconds(engine: Engine, num_tokens: int) -> float:
 
 def main() -> None:
     limits: dict[str, Any] = {"max_model_len": 2304, "max_num_batched_tokens": 2048, "max_num_seqs": 64}
-    with random_engine("8b", ops="triton", dtype="bfloat16", enable_prefix_caching=False, **limits) as engine:
+    with random_engine(
+        MODELS["llama-3.1-8b"], ops="triton", dtype="bfloat16", enable_prefix_caching=False, **limits
+    ) as engine:
         config = engine.model_config
         host, whole = host_us(engine, 64)
         seconds = prefill_seconds(engine, 2048)

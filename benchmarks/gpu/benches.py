@@ -1,25 +1,29 @@
-"""The kernel benchmarks that pytest-benchmark runs, on the GPU."""
+"""The verbs' benchmarks on the GPU, against the ceilings measured in the same process."""
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 from pathlib import Path
 
-from gpu.measure import require, write
+from inferneo_benchmarks.gpu.measure import require, write
+from inferneo_benchmarks.results import read
 
-ROOT = Path(__file__).resolve().parents[2]
-FILES = ("benchmarks/bench_attention_peers.py",)
+VERBS = ("qkv_rope_store", "attention", "linear_add", "gate_up_silu", "lm_head", "sample")
 
 
 def main() -> None:
-    log = Path(sys.argv[1]).with_suffix(".benchmarks")
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-o", "python_files=bench_*.py", *FILES]
-    code = subprocess.run([*command, f"--benchmark-json={log}"], cwd=ROOT, check=False).returncode
-    require(code == 0, f"pytest ended with {code}")
-    found = json.loads(log.read_text())["benchmarks"]
-    rows = [{"name": row["name"], "median_us": row["stats"]["median"] * 1e6, **row["extra_info"]} for row in found]
+    folder = Path(sys.argv[1]).with_suffix("")
+    command = [sys.executable, "-m", "inferneo_benchmarks", "--backend", "triton", "--passes", "1"]
+    for verb in VERBS:
+        command += ["--verb", verb]
+    code = subprocess.run([*command, "--output", str(folder)], check=False).returncode
+    require(code == 0, f"the benchmarks ended with {code}")
+    result = read(folder / "result.json")
+    rows = []
+    for one in result.measurements:
+        share = result.share(one)
+        rows.append({"name": one.name, "median_us": one.median_s * 1e6, "gb_s": one.gb_s, "share_of_floor": share})
     require(bool(rows), "no benchmark ran")
     write(rows=rows)
 

@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
-from gpu.table import table
+from inferneo_benchmarks.gpu.table import table
 
 LIMIT_S = 480  # a part
 
@@ -31,7 +31,7 @@ PARTS = (
     Part("golden", ENGINE),
     Part("linear"),
     Part("attention"),
-    Part("benches", ("pytest", "pytest_benchmark")),
+    Part("benches", (*ENGINE, "pytest", "pytest_benchmark", "matplotlib")),
     Part("sampling"),
     Part("head"),
     Part("decode_1b", ENGINE),
@@ -52,7 +52,7 @@ def run(part: Part, out: Path) -> dict[str, object]:
     started = time.perf_counter()
     with (out / f"{part.name}.log").open("w") as log:
         try:
-            command = [sys.executable, "-m", f"gpu.{part.name}", str(result_path)]
+            command = [sys.executable, "-m", f"inferneo_benchmarks.gpu.{part.name}", str(result_path)]
             done = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, timeout=LIMIT_S, check=False)
         except subprocess.TimeoutExpired:
             return {"status": "failed", "why": f"it took more than {LIMIT_S} s"}

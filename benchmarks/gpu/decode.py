@@ -8,8 +8,9 @@ import time
 from typing import Any
 
 import torch
-from gpu.measure import copy_bandwidth, require, write
-from gpu.models import random_engine
+from inferneo_benchmarks.gpu.measure import copy_bandwidth, require, write
+from inferneo_benchmarks.gpu.models import random_engine
+from inferneo_benchmarks.models import MODELS
 
 from inferneo_core import Engine, SamplingParams
 
@@ -32,10 +33,10 @@ def stream_seconds(engine: Engine, prompt: list[int], params: SamplingParams) ->
     return [later - earlier for earlier, later in itertools.pairwise(stamps)]
 
 
-def measure(shape: str, quant_type: str = "") -> None:
+def measure(model: str, quant_type: str = "") -> None:
     started = time.perf_counter()
     arguments: dict[str, Any] = {"ops": "triton", "device": "cuda", "max_model_len": 4096, "max_num_seqs": 1}
-    with random_engine(shape, quant_type, dtype="bfloat16", enable_prefix_caching=False, **arguments) as engine:
+    with random_engine(MODELS[model], quant_type, dtype="bfloat16", enable_prefix_caching=False, **arguments) as engine:
         ready_s = time.perf_counter() - started
         prompt = [(7 * i) % 250 for i in range(CONTEXT)]
         params = SamplingParams(max_tokens=TOKENS, temperature=0.0, ignore_eos=True)
@@ -49,7 +50,7 @@ def measure(shape: str, quant_type: str = "") -> None:
     seconds = sum(gaps) / len(gaps)
     bandwidth = copy_bandwidth()
     write(
-        shape=shape,
+        shape=model,
         quant_type=quant_type or "bf16",
         tokens_per_s=round(1 / seconds, 1),
         median_gap_us=round(statistics.median(gaps) * 1e6, 1),

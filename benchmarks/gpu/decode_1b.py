@@ -1,6 +1,6 @@
 """Batch-1 decode at the shape of Llama 1B."""
 
-from gpu.decode import measure
+from inferneo_benchmarks.gpu.decode import measure
 
 if __name__ == "__main__":
-    measure("1b")
+    measure("llama-3.2-1b")

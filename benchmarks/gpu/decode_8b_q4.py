@@ -1,6 +1,6 @@
 """Batch-1 decode at the shape of Llama 8B, Q4_K weights."""
 
-from gpu.decode import measure
+from inferneo_benchmarks.gpu.decode import measure
 
 if __name__ == "__main__":
-    measure("8b", "Q4_K")
+    measure("llama-3.1-8b", "Q4_K")

@@ -10,12 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import triton
-from gpu.measure import require, write
-from gpu.models import random_engine
+from inferneo_benchmarks.gpu.measure import require, write
+from inferneo_benchmarks.gpu.models import random_engine
+from inferneo_benchmarks.models import MODELS
 
 from inferneo_core import Engine, SamplingParams
+from inferneo_core.config import ModelConfig, RopeConfig
 
 GOLDEN = Path(__file__).resolve().parents[2] / "tests" / "golden" / "smollm2_greedy.json"
+TINY = ModelConfig(263, 256, 512, 3, 4, 2, 64, 1e-5, 1024, RopeConfig())
 PROMPTS = [[5, 80, 200, 13, 7], [9] * 70, [1], list(range(33)), [30, 31, 32] * 40]
 PARAMS = [
     SamplingParams(max_tokens=40, temperature=0.0, ignore_eos=True),
@@ -50,14 +53,16 @@ def tiny() -> dict[str, Any]:
     """A tiny Llama in fp32 on both, its weights made on the CPU so that they are the same."""
     limits: dict[str, Any] = {"weights_on": "cpu", "dtype": "float32", "max_model_len": 512, "max_num_seqs": 4}
     limits["max_num_batched_tokens"] = 64
-    with random_engine("tiny", ops="torch", device="cpu", **limits) as engine:
+    with random_engine(TINY, ops="torch", device="cpu", **limits) as engine:
         expected = tokens(engine)
-    with random_engine("tiny", ops="triton", device="cuda", **limits) as engine:
+    with random_engine(TINY, ops="triton", device="cuda", **limits) as engine:
         with counted_compilations() as compiled:
             actual = tokens(engine)
         again = tokens(engine)
     with counted_compilations() as hook_works:
-        random_engine("135m", ops="triton", device="cuda", dtype="float16", max_model_len=64, max_num_seqs=1).close()
+        random_engine(
+            MODELS["smollm2-135m"], ops="triton", device="cuda", dtype="float16", max_model_len=64, max_num_seqs=1
+        ).close()
     require(actual == expected, f"{actual} is not {expected}")
     require(again == actual, "a second run gave other tokens")
     require(bool(hook_works), "the compilation hook notes nothing, so a silent one proves nothing")

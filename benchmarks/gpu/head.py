@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from gpu.linear import weight
-from gpu.measure import copy_bandwidth, microseconds, require, write
-from gpu.sampling import KINDS, VOCAB, parameters
+from inferneo_benchmarks.gpu.linear import weight
+from inferneo_benchmarks.gpu.measure import copy_bandwidth, microseconds, require, write
+from inferneo_benchmarks.gpu.sampling import KINDS, VOCAB, parameters
 from inferneo_kernels import linear
 from inferneo_kernels.elementwise import rms_norm
 from inferneo_kernels.head_draw import head_draw

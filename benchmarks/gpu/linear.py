@@ -6,7 +6,8 @@ from functools import partial
 from typing import Any
 
 import torch
-from gpu.measure import copy_bandwidth, microseconds, write
+from inferneo_benchmarks.gpu.measure import copy_bandwidth, microseconds, write
+from inferneo_benchmarks.quant_blocks import random_blocks
 from inferneo_kernels import linear
 from inferneo_kernels.quant_layout import Weight, dense, repack
 
@@ -15,17 +16,13 @@ SHAPES_8B = ((6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336))
 SHAPES_1B = ((3072, 2048), (2048, 2048), (16384, 2048), (2048, 8192))
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128)
 REGIMES: tuple[linear.Regime, ...] = ("gemv", "tile", "wide", "vendor")
-BLOCKS = {"Q4_K": (256, 144, slice(0, 4)), "Q8_0": (32, 34, slice(0, 2))}
 
 
 def weight(rows: int, columns: int, quant_type: str) -> Weight:
     if not quant_type:
         return dense(torch.randn(rows, columns, device="cuda", dtype=torch.bfloat16) * columns**-0.5)
-    block, size, scales = BLOCKS[quant_type]
-    data = torch.randint(256, (rows, columns // block, size), dtype=torch.uint8, device="cuda")
-    halves = (scales.stop - scales.start) // 2
-    data[..., scales] = torch.full((halves,), 1e-3, dtype=torch.float16, device="cuda").view(torch.uint8)
-    return repack(data.flatten(1), quant_type)
+    generator = torch.Generator("cuda").manual_seed(0)
+    return repack(random_blocks(rows, columns, quant_type, generator), quant_type)
 
 
 def compare(w: Weight, num_tokens: int, bandwidth: float) -> dict[str, Any]:

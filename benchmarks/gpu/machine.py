@@ -6,7 +6,7 @@ import platform
 
 import torch
 import triton
-from gpu.measure import copy_bandwidth, matmul_peak, require, write
+from inferneo_benchmarks.gpu.measure import copy_bandwidth, matmul_peak, require, write
 
 
 def main() -> None:

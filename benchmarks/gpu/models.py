@@ -9,22 +9,15 @@ from typing import Any
 from unittest import mock
 
 import torch
+from inferneo_benchmarks.quant_blocks import random_blocks
 from tokenizers import AddedToken, Tokenizer as HubTokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 
 from inferneo_core import Engine, Tokenizer, assembly
-from inferneo_core.config import ModelConfig, RopeConfig
+from inferneo_core.config import ModelConfig
 from inferneo_core.ops.base import Segment
 
-LLAMA3_ROPE = RopeConfig("llama3", 500000.0, 8.0, 8192, low_freq_factor=1.0, high_freq_factor=4.0)
-SHAPES = {
-    "tiny": ModelConfig(263, 256, 512, 3, 4, 2, 64, 1e-5, 1024, RopeConfig()),
-    "135m": ModelConfig(49152, 576, 1536, 30, 9, 3, 64, 1e-5, 8192, RopeConfig(theta=1e5), tie_word_embeddings=True),
-    "1b": ModelConfig(128256, 2048, 8192, 16, 32, 8, 64, 1e-5, 131072, LLAMA3_ROPE, tie_word_embeddings=True),
-    "8b": ModelConfig(128256, 4096, 14336, 32, 32, 8, 128, 1e-5, 131072, LLAMA3_ROPE),
-}
-# (weights a block, bytes a block, where its fp16 scales stand, what they are): random codes under small scales.
-BLOCKS = {"Q4_K": (256, 144, slice(0, 4), 2e-4), "Q6_K": (256, 210, slice(208, 210), 1e-4)}
+SCALES = {"Q4_K": 2e-4, "Q6_K": 1e-4}  # so small that random codes make an activation of usual size
 
 
 class RandomCheckpoint:
@@ -60,12 +53,8 @@ class RandomCheckpoint:
             dense = torch.randn(rows, columns, generator=self._generator, device=self._device, dtype=torch.bfloat16)
             return Segment(dense.mul_(columns**-0.5))
         quant_type = "Q6_K" if name.startswith("lm_head") else self._quant_type
-        block, size, scales, scale = BLOCKS[quant_type]
-        shape = (rows, columns // block, size)
-        data = torch.randint(256, shape, generator=self._generator, device=self._device, dtype=torch.uint8)
-        num_scales = (scales.stop - scales.start) // 2
-        data[..., scales] = torch.full((num_scales,), scale, dtype=torch.float16, device=data.device).view(torch.uint8)
-        return Segment(data.flatten(1), quant_type)
+        data = random_blocks(rows, columns, quant_type, self._generator, SCALES[quant_type])
+        return Segment(data, quant_type)
 
     def release(self, name: str) -> None: ...
 
@@ -108,9 +97,8 @@ def wide_tokenizer(vocab_size: int) -> Tokenizer:
         return Tokenizer.from_directory(directory)
 
 
-def random_engine(shape: str, quant_type: str = "", *, weights_on: str = "cuda", **arguments: Any) -> Engine:
-    """An Engine of one of SHAPES with seeded random weights; prompts are token ids."""
-    config = SHAPES[shape]
+def random_engine(config: ModelConfig, quant_type: str = "", *, weights_on: str = "cuda", **arguments: Any) -> Engine:
+    """An Engine of a model's shape with seeded random weights; prompts are token ids."""
     patches: dict[str, Any] = {
         "resolve": lambda model: None,
         "open_checkpoint": lambda files: RandomCheckpoint(config, quant_type, weights_on),
@@ -118,4 +106,4 @@ def random_engine(shape: str, quant_type: str = "", *, weights_on: str = "cuda",
         "_read_tokenizer": lambda files, checkpoint: wide_tokenizer(config.vocab_size),
     }
     with mock.patch.multiple(assembly, **patches):
-        return Engine(f"random {shape}", **arguments)
+        return Engine("random weights", **arguments)

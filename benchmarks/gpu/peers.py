@@ -6,7 +6,7 @@ import time
 from typing import Any
 
 import torch
-from gpu.measure import write
+from inferneo_benchmarks.gpu.measure import write
 from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
 
 CONTEXT, TOKENS = 1024, 64

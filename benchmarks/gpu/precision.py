@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from gpu.measure import relative_error, require, write
+from inferneo_benchmarks.gpu.measure import relative_error, require, write
 from torch import Tensor
 
 from inferneo_core.batch import AttentionMetadata

@@ -6,7 +6,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from gpu.measure import microseconds, require, write
+from inferneo_benchmarks.gpu.measure import microseconds, require, write
 from inferneo_kernels.sampling import sample
 from torch import Tensor
 

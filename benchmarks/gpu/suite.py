@@ -8,7 +8,7 @@ import sys
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
-from gpu.measure import require, write
+from inferneo_benchmarks.gpu.measure import require, write
 
 ROOT = Path(__file__).resolve().parents[2]
 
