@@ -15,6 +15,8 @@ from torch import Tensor
 from inferneo_kernels.aot import AotCase
 from inferneo_kernels.sampling_math import COUNT_ROW, NUM_INTS, POSITION
 
+BLOCK_BIASES = 1024  # biases looked at together
+
 
 @dataclass(frozen=True, slots=True)
 class DecodeState:
@@ -25,8 +27,11 @@ class DecodeState:
         seq_lens: [num_seqs] int32; 0 marks a padding row, which stays as it is.
         block_tables: [num_seqs, max_blocks] int32; the block of the next position must stand there already.
         sampling_ints: [num_seqs, 5] int64, SamplingBatch.ints; its column POSITION moves on.
-        token_counts: [num_rows, vocab_size] int32, SamplingBatch.token_counts; the drawn tokens are counted. None: no
-            sequence has penalties, or somebody else counts.
+        token_counts: [num_rows, vocab_size] int32, SamplingBatch.token_counts; the drawn tokens of the rows that have
+            a COUNT_ROW are counted.
+        bias_start: [num_seqs + 1] int32; its last entry is the number of biases.
+        bias_values: [max_biases] fp32; becomes 0 where a bias has run out.
+        bias_steps: [max_biases] int32; the steps, from the first, that each bias is there for.
         ring: [ring_size, num_seqs] int64; step i leaves its tokens in row i % ring_size.
         step: [1] int64; how many steps have been taken.
     """
@@ -37,7 +42,10 @@ class DecodeState:
     seq_lens: Tensor
     block_tables: Tensor
     sampling_ints: Tensor
-    token_counts: Tensor | None
+    token_counts: Tensor
+    bias_start: Tensor
+    bias_values: Tensor
+    bias_steps: Tensor
     ring: Tensor
     step: Tensor
 
@@ -52,6 +60,9 @@ def _advance_kernel(
     block_tables_ptr,
     ints_ptr,
     token_counts_ptr,
+    bias_start_ptr,
+    bias_values_ptr,
+    bias_steps_ptr,
     ring_ptr,
     step_ptr,
     num_seqs,
@@ -62,6 +73,7 @@ def _advance_kernel(
     stride_ring,
     BLOCK_SIZE: tl.constexpr,
     BLOCK_SEQS: tl.constexpr,
+    BLOCK_BIASES: tl.constexpr,
 ):
     """All sequences. Grid: (1,)."""
     row = tl.arange(0, BLOCK_SEQS)
@@ -86,11 +98,17 @@ def _advance_kernel(
 
     draw_position_ptrs = ints_ptr + row * NUM_INTS + POSITION
     tl.store(draw_position_ptrs, tl.load(draw_position_ptrs, mask=live, other=0) + 1, mask=live)
-    if token_counts_ptr is not None:
-        count_row = tl.load(ints_ptr + row * NUM_INTS + COUNT_ROW, mask=live, other=-1)
-        counted = (count_row >= 0) & (sampled >= 0)
-        count_ptrs = token_counts_ptr + count_row * stride_counts + sampled
-        tl.store(count_ptrs, tl.load(count_ptrs, mask=counted, other=0) + 1, mask=counted)
+    count_row = tl.load(ints_ptr + row * NUM_INTS + COUNT_ROW, mask=live, other=-1)
+    counted = (count_row >= 0) & (sampled >= 0)
+    count_ptrs = token_counts_ptr + count_row * stride_counts + sampled
+    tl.store(count_ptrs, tl.load(count_ptrs, mask=counted, other=0) + 1, mask=counted)
+
+    num_biases = tl.load(bias_start_ptr + num_seqs)
+    for start in range(0, num_biases, BLOCK_BIASES):
+        bias = start + tl.arange(0, BLOCK_BIASES)
+        exists = bias < num_biases
+        has_run_out = tl.load(bias_steps_ptr + bias, mask=exists, other=0) <= step + 1
+        tl.store(bias_values_ptr + bias, 0.0, mask=exists & has_run_out)
     tl.store(step_ptr, step + 1)
 
 
@@ -112,29 +130,30 @@ def advance(sampled: Tensor, state: DecodeState, block_size: int) -> None:
         state.block_tables,
         state.sampling_ints,
         state.token_counts,
+        state.bias_start,
+        state.bias_values,
+        state.bias_steps,
         state.ring,
         state.step,
         num_seqs,
         max_blocks,
         state.ring.shape[0],
         state.block_tables.stride(0),
-        0 if state.token_counts is None else state.token_counts.stride(0),
+        state.token_counts.stride(0),
         state.ring.stride(0),
         BLOCK_SIZE=block_size,
         BLOCK_SEQS=triton.next_power_of_2(num_seqs),
+        BLOCK_BIASES=BLOCK_BIASES,
         num_warps=4,
     )
 
 
 def aot_cases() -> tuple[AotCase, ...]:
-    """256 sequences, with and without penalties to count."""
+    """256 sequences of a vocabulary of 128,256."""
     longs = ("sampled_ptr", "token_ids_ptr", "positions_ptr", "slot_mapping_ptr", "ints_ptr", "ring_ptr", "step_ptr")
-    pointers = {**dict.fromkeys(longs, "*i64"), "seq_lens_ptr": "*i32", "block_tables_ptr": "*i32"}
+    ints = ("seq_lens_ptr", "block_tables_ptr", "token_counts_ptr", "bias_start_ptr", "bias_steps_ptr")
+    pointers = {**dict.fromkeys(longs, "*i64"), **dict.fromkeys(ints, "*i32"), "bias_values_ptr": "*fp32"}
     sizes = ("num_seqs", "max_blocks", "ring_size", "stride_table", "stride_counts", "stride_ring")
     signature = {**pointers, **dict.fromkeys(sizes, "i32")}
-    blocks = {"BLOCK_SIZE": 16, "BLOCK_SEQS": 256}
-    counts = {"token_counts_ptr": "*i32"}
-    return (
-        AotCase("plain", _advance_kernel, signature, {**blocks, "token_counts_ptr": None}, 4, 1, tuple(pointers)),
-        AotCase("penalties", _advance_kernel, {**signature, **counts}, blocks, 4, 1, (*pointers, *counts)),
-    )
+    blocks = {"BLOCK_SIZE": 16, "BLOCK_SEQS": 256, "BLOCK_BIASES": BLOCK_BIASES}
+    return (AotCase("256_sequences", _advance_kernel, signature, blocks, 4, 1, (*pointers, "stride_counts")),)

@@ -1,11 +1,13 @@
 """The output head and the draw in one: greedy and plain draws never write their logits.
 
-A program multiplies a tile of the vocabulary with all the rows, on tensor cores with the operands swapped, so that the
-many rows of the weight fill the wide side of the instruction and the few sequences its narrow one. It then adjusts,
-scales and scores the tile in registers, and leaves the best token of each row.
+A program multiplies a tile of the vocabulary with some of the rows, the weight dense or unpacked in registers, in the
+forms of `linear_tile`. It then adjusts, scales and scores the tile where it stands, and leaves each row's best token.
 """
 
 from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
 
 import torch
 import triton
@@ -13,10 +15,15 @@ import triton.language as tl
 from torch import Tensor
 
 from inferneo_kernels.aot import AotCase
+from inferneo_kernels.linear import Regime, Tiling, choose_tiling, launch_constants
+from inferneo_kernels.linear_tile import products
+from inferneo_kernels.quant_decode import plane_signature
+from inferneo_kernels.quant_layout import Weight
 from inferneo_kernels.sampling import best_token, merge_best
 from inferneo_kernels.sampling_math import (
     COUNT_ROW,
     INV_TEMPERATURE,
+    NO_TOKEN,
     NUM_FLOATS,
     NUM_INTS,
     biased,
@@ -25,14 +32,47 @@ from inferneo_kernels.sampling_math import (
     scaled,
 )
 
-MAX_ROWS = 64  # sequences of one launch: above, the product is no longer bound by reading the weight
+MIN_TILE = 16  # tokens a program at least: of fewer, a large vocabulary leaves too many bests to merge
+
+
+@triton.jit
+def _adjusted(
+    logits,
+    ids,
+    inside,
+    row,
+    first_seq,
+    num_seqs,
+    floats_row_ptr,
+    ints_row_ptr,
+    token_counts_ptr,
+    stride_counts,
+    bias_start_ptr,
+    bias_ids_ptr,
+    bias_values_ptr,
+    BLOCK_M: tl.constexpr,
+):
+    """logits [BLOCK_M, BLOCK_N] after each row's penalties and biases, where there are any; row: [BLOCK_M, 1]."""
+    if token_counts_ptr is not None:
+        count_row = tl.load(ints_row_ptr + COUNT_ROW)
+        has_counts = inside & (count_row >= 0)
+        counts = tl.load(token_counts_ptr + count_row * stride_counts + ids, mask=has_counts, other=0)
+        logits = penalised(logits, counts, floats_row_ptr)
+    if bias_start_ptr is not None:
+        for seq in range(first_seq, tl.minimum(first_seq + BLOCK_M, num_seqs)):
+            own_ids = tl.where(row == seq, ids, -1)
+            logits = biased(logits, own_ids, seq, bias_start_ptr, bias_ids_ptr, bias_values_ptr)
+    return logits
 
 
 @triton.jit(do_not_specialize=["num_seqs"])
 def _head_draw_kernel(
     best_ptr,
     x_ptr,
-    weight_ptr,
+    codes_ptr,
+    high_ptr,
+    scales_ptr,
+    supers_ptr,
     bias_ptr,
     floats_ptr,
     ints_ptr,
@@ -42,77 +82,105 @@ def _head_draw_kernel(
     bias_values_ptr,
     num_seqs,
     vocab_size,
-    hidden_size,
-    stride_weight,
+    K,
+    stride_token,
     stride_counts,
-    BLOCK_M: tl.constexpr,
+    BITS: tl.constexpr,
+    SCALES: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
     DOT_FP32: tl.constexpr,
+    STEPS: tl.constexpr,
 ):
-    """BLOCK_N tokens of every row. Grid: (num_tiles,). best_ptr: [num_seqs, num_tiles] int64 tokens."""
-    tile, num_tiles = tl.program_id(0), tl.num_programs(0)
-    ids = tile * BLOCK_N + tl.arange(0, BLOCK_N)
-    rows = tl.arange(0, BLOCK_M)
-    in_vocab, is_row = ids < vocab_size, rows < num_seqs
-    k = tl.arange(0, BLOCK_K)
-    weight_ptrs = weight_ptr + ids.to(tl.int64)[:, None] * stride_weight + k[None, :]
-    x_ptrs = x_ptr + rows[None, :] * hidden_size + k[:, None]
-    acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
-    for start in range(0, hidden_size, BLOCK_K):
-        in_k = start + k < hidden_size
-        w_mask = in_vocab[:, None] & in_k[None, :]
-        w = tl.load(weight_ptrs + start, mask=w_mask, other=0.0, eviction_policy="evict_first")
-        x = tl.load(x_ptrs + start, mask=in_k[:, None] & is_row[None, :], other=0.0)
-        if DOT_FP32:
-            w, x = w.to(tl.float32), x.to(tl.float32)
-        acc = tl.dot(w, x, acc, input_precision="ieee")
+    """STEPS times BLOCK_N tokens of BLOCK_M rows.
 
-    logits = tl.trans(acc)  # [BLOCK_M, BLOCK_N]
-    ids, inside = ids[None, :], in_vocab[None, :] & is_row[:, None]
-    if bias_ptr is not None:
-        logits += tl.load(bias_ptr + ids, mask=in_vocab[None, :], other=0.0).to(tl.float32)
-    # Rows past the last read the parameters of row 0, and are stored nowhere.
-    row = tl.where(is_row, rows, 0)[:, None]
-    floats_row_ptr, ints_row_ptr = floats_ptr + row * NUM_FLOATS, ints_ptr + row * NUM_INTS
-    if token_counts_ptr is not None:
-        count_row = tl.load(ints_row_ptr + COUNT_ROW)
-        has_counts = inside & (count_row >= 0)
-        counts = tl.load(token_counts_ptr + count_row * stride_counts + ids, mask=has_counts, other=0)
-        logits = penalised(logits, counts, floats_row_ptr)
-    if bias_start_ptr is not None:
-        for seq in range(num_seqs):
-            own_ids = tl.where(row == seq, ids, -1)
-            logits = biased(logits, own_ids, seq, bias_start_ptr, bias_ids_ptr, bias_values_ptr)
-    z = scaled(logits, floats_row_ptr)
-    scores = z
-    draws = tl.load(floats_row_ptr + INV_TEMPERATURE) != 0.0
-    if tl.max(tl.max(draws.to(tl.int32), axis=1), axis=0) != 0:  # an all-greedy batch needs no random numbers
-        groups = tile * (BLOCK_N // 4) + tl.arange(0, BLOCK_N // 4)
-        scores = tl.where(draws, z + gumbel_tile(ints_row_ptr, groups[None, :]), z)
-    tl.store(best_ptr + rows * num_tiles + tile, best_token(z, scores, ids, inside), mask=is_row)
-
-
-def head_config(num_seqs: int, element_size: int) -> dict[str, int]:
-    """BLOCK_M, BLOCK_N, BLOCK_K, warps and stages of `head_draw` for so many rows.
-
-    BLOCK_N * BLOCK_K holds 16 KiB of the weight a stage: four in flight are what one CTA needs to keep HBM busy, and
-    fit the 99 KiB of sm_120 beside x.
+    Grid: one program a tile of tokens and rows, row tiles innermost, so that they share a weight tile in L2.
+    best_ptr: [num_seqs, num_tiles] int64 tokens.
     """
-    block_m = max(16, triton.next_power_of_2(num_seqs))
-    block_k = 128 // element_size  # one 128-byte line a row
-    return {
-        "BLOCK_M": block_m,
-        "BLOCK_N": 128,
-        "BLOCK_K": block_k,
-        "num_warps": 4 if block_m < 32 else 8,
-        "num_stages": 4,
-    }
+    seq_tiles = tl.cdiv(num_seqs, BLOCK_M)
+    first_seq, tile = tl.program_id(0) % seq_tiles * BLOCK_M, tl.program_id(0) // seq_tiles
+    seqs = first_seq + tl.arange(0, BLOCK_M)
+    best = tl.zeros((BLOCK_M,), tl.int64) + NO_TOKEN
+    for step in range(STEPS):
+        first_id = (tile * STEPS + step) * BLOCK_N
+        ids = first_id + tl.arange(0, BLOCK_N)
+        acc = products(
+            x_ptr,
+            None,
+            0.0,
+            codes_ptr,
+            high_ptr,
+            scales_ptr,
+            supers_ptr,
+            ids,
+            ids < vocab_size,
+            seqs,
+            num_seqs,
+            K,
+            stride_token,
+            BITS,
+            SCALES,
+            BLOCK_N,
+            BLOCK_M,
+            BLOCK_K,
+            DOT_FP32,
+        )
+        logits = tl.trans(acc)  # [BLOCK_M, BLOCK_N]
+        # Rows past the last read the parameters of row 0, and are stored nowhere.
+        row = tl.where(seqs < num_seqs, seqs, 0)[:, None]
+        floats_row_ptr, ints_row_ptr = floats_ptr + row * NUM_FLOATS, ints_ptr + row * NUM_INTS
+        ids = ids[None, :]
+        inside = (ids < vocab_size) & (seqs < num_seqs)[:, None]
+        if bias_ptr is not None:
+            logits += tl.load(bias_ptr + ids, mask=ids < vocab_size, other=0.0).to(tl.float32)
+        logits = _adjusted(
+            logits,
+            ids,
+            inside,
+            row,
+            first_seq,
+            num_seqs,
+            floats_row_ptr,
+            ints_row_ptr,
+            token_counts_ptr,
+            stride_counts,
+            bias_start_ptr,
+            bias_ids_ptr,
+            bias_values_ptr,
+            BLOCK_M,
+        )
+        z = scaled(logits, floats_row_ptr)
+        scores = z
+        draws = tl.load(floats_row_ptr + INV_TEMPERATURE) != 0.0
+        if tl.max(tl.max(draws.to(tl.int32), axis=1), axis=0) != 0:  # an all-greedy batch needs no random numbers
+            groups = first_id // 4 + tl.arange(0, BLOCK_N // 4)
+            scores = tl.where(draws, z + gumbel_tile(ints_row_ptr, groups[None, :]), z)
+        best = tl.maximum(best, best_token(z, scores, ids, inside))
+    num_tiles = tl.num_programs(0) // seq_tiles
+    tl.store(best_ptr + seqs * num_tiles + tile, best, mask=seqs < num_seqs)
+
+
+def head_tiling(weight: Weight, num_seqs: int, dtype: torch.dtype) -> Tiling:
+    """The kernel's configuration for a head, so many rows and a model dtype.
+
+    A dense one goes through the tensor cores for a single row too: BLOCK_N * BLOCK_K holds 16 KiB of it a stage, and
+    four in flight are what one CTA needs to keep HBM busy, and fit the 99 KiB of sm_120 beside x.
+    """
+    if weight.quant_type or dtype == torch.float32:
+        regime: Regime = "gemv" if num_seqs == 1 else "tile" if num_seqs <= 16 else "wide"
+        tiling = choose_tiling(weight, regime, dtype)
+        # The draw takes registers, too: 8 rows of Q4_1 spill 24 bytes on sm_90, a third stage of Q5_1 8 on sm_80.
+        if regime == "gemv":
+            return tiling._replace(block_n=4)
+        return tiling._replace(num_stages=2) if weight.quant_type.startswith("Q5") and regime == "wide" else tiling
+    block_m = min(64, max(16, triton.next_power_of_2(num_seqs)))
+    return Tiling(128, block_m, 64, 4 if block_m < 32 else 8, 4)
 
 
 def head_draw(
     x: Tensor,
-    weight: Tensor,
+    weight: Weight,
     bias: Tensor | None,
     floats: Tensor,
     ints: Tensor,
@@ -124,24 +192,23 @@ def head_draw(
     """One token a row from normalised hidden states, without filters and without log-probabilities.
 
     Args:
-        x: [num_seqs, hidden_size], contiguous, after the final norm; at most MAX_ROWS rows.
-        weight: [vocab_size, hidden_size], dtype of x, innermost stride 1.
-        bias: [vocab_size], or None.
+        x: [num_seqs, hidden_size], innermost stride 1, after the final norm.
+        weight: [vocab_size, hidden_size], dense in the dtype of x, or quantised.
+        bias: [vocab_size], dtype of x, or None.
         floats, ints, token_counts, bias_start, bias_ids, bias_values: as in SamplingBatch; filters are not read.
     Returns:
         token_ids: [num_seqs] int64; -1 where no token can be drawn.
     """
-    num_seqs, hidden_size = x.shape
-    assert num_seqs <= MAX_ROWS, f"x has {num_seqs} rows; head_draw takes {MAX_ROWS} (use lm_head and sample)"
-    vocab_size = weight.shape[0]
-    config = head_config(num_seqs, x.element_size())
-    num_tiles = triton.cdiv(vocab_size, config["BLOCK_N"])
+    num_seqs = x.shape[0]
+    tiling = head_tiling(weight, num_seqs, x.dtype)
+    steps = _steps(tiling)
+    num_tiles = triton.cdiv(weight.num_rows, tiling.block_n * steps)
     best = torch.empty(num_seqs, num_tiles, dtype=torch.int64, device=x.device)
     if num_seqs:
-        _head_draw_kernel[(num_tiles,)](
+        _head_draw_kernel[(num_tiles * triton.cdiv(num_seqs, tiling.block_m),)](
             best,
             x,
-            weight,
+            *weight.planes,
             bias,
             floats,
             ints,
@@ -150,47 +217,60 @@ def head_draw(
             bias_ids,
             bias_values,
             num_seqs,
-            vocab_size,
-            hidden_size,
-            weight.stride(0),
+            weight.num_rows,
+            weight.in_features,
+            x.stride(0),
             0 if token_counts is None else token_counts.stride(0),
-            DOT_FP32=not isinstance(_head_draw_kernel, triton.runtime.JITFunction),  # the interpreter has no bf16
-            enable_fp_fusion=False,
-            **config,
+            STEPS=steps,
+            enable_fp_fusion=False,  # the draw's bits are defined without
+            **launch_constants(x, weight, tiling),
         )
     return merge_best(best)
 
 
+def _steps(tiling: Tiling) -> int:
+    return max(1, MIN_TILE // tiling.block_n)
+
+
 def aot_cases() -> tuple[AotCase, ...]:
-    """Llama-3.2-1B's head at every BLOCK_M; with penalties and biases at the first."""
-    pointers = {"best_ptr": "*i64", "x_ptr": "*bf16", "weight_ptr": "*bf16", "floats_ptr": "*fp32", "ints_ptr": "*i64"}
-    sizes = dict.fromkeys(("vocab_size", "hidden_size", "stride_weight", "stride_counts"), "i32")
-    extras = {
+    """Llama-3.2-1B's head, dense and in every format, at every BLOCK_M; with penalties and biases at one of each."""
+    cases = [_aot_case("", num_seqs, {}) for num_seqs in (1, 32, 64)]
+    for quant_type in ("Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q4_K", "Q5_K", "Q6_K"):
+        cases += [_aot_case(quant_type, num_seqs, {}) for num_seqs in (1, 16, 64)]
+    return (*cases, _aot_case("", 1, _EXTRAS), *(_aot_case("Q6_K", num_seqs, _EXTRAS) for num_seqs in (1, 64)))
+
+
+_EXTRAS = MappingProxyType(
+    {
         "bias_ptr": "*bf16",
         "token_counts_ptr": "*i32",
         "bias_start_ptr": "*i32",
         "bias_ids_ptr": "*i32",
         "bias_values_ptr": "*fp32",
     }
+)
 
-    def case(name: str, num_seqs: int, given: dict[str, str]) -> AotCase:
-        config = head_config(num_seqs, 2)
-        num_warps, num_stages = config.pop("num_warps"), config.pop("num_stages")
-        aligned = {**pointers, **given, **sizes}
-        signature = {**aligned, "num_seqs": "i32"}
-        constexprs = {**config, "DOT_FP32": False, **{name: None for name in extras if name not in given}}
-        expect = ("mma", "cp.async")
-        return AotCase(
-            name,
-            _head_draw_kernel,
-            signature,
-            constexprs,
-            num_warps,
-            num_stages,
-            tuple(aligned),
-            expect,
-            enable_fp_fusion=False,
-        )
 
-    plain = [case(f"rows_{num_seqs}", num_seqs, {}) for num_seqs in (1, 32, MAX_ROWS)]
-    return (*plain, case("everything", 1, extras))
+def _aot_case(quant_type: str, num_seqs: int, given: Mapping[str, str]) -> AotCase:
+    """One launch as `head_draw` would make it, without its tensors."""
+    weight = Weight(torch.empty(128256, 2048, device="meta"), 2048, quant_type)
+    tiling = head_tiling(weight, num_seqs, torch.bfloat16)
+    constexprs = launch_constants(torch.empty(0, dtype=torch.bfloat16, device="meta"), weight, tiling)
+    num_warps, num_stages = constexprs.pop("num_warps"), constexprs.pop("num_stages")
+    planes = plane_signature(quant_type) if quant_type else {"codes_ptr": "*bf16"}
+    pointers = {"best_ptr": "*i64", "x_ptr": "*bf16", **planes, "floats_ptr": "*fp32", "ints_ptr": "*i64", **given}
+    types = {**dict.fromkeys(_head_draw_kernel.arg_names[:13]), **pointers}
+    absent = {name: None for name, kind in types.items() if kind is None}
+    aligned = {name: kind for name, kind in types.items() if kind is not None}
+    aligned |= dict.fromkeys(("vocab_size", "K", "stride_token", "stride_counts"), "i32")
+    return AotCase(
+        "_".join((quant_type or "bf16", f"rows_{num_seqs}", *(("everything",) if given else ()))),
+        _head_draw_kernel,
+        {**aligned, "num_seqs": "i32"},
+        {**constexprs, **absent, "STEPS": _steps(tiling)},
+        num_warps,
+        num_stages,
+        tuple(aligned),
+        ("ld.v4",) if tiling.block_m == 1 else ("cp.async", "mma"),
+        enable_fp_fusion=False,
+    )

@@ -140,7 +140,8 @@ def _quantised_vector(
     BLOCK_K: tl.constexpr,
 ):
     """One token. Columns under one scale add up to scale * sum(code x) + shift * sum(x): two operations a weight, and
-    the scale's arithmetic once a quad.
+    the scale's arithmetic once a quad. The multiply-add is written out: it stays one in a kernel whose draw forbids the
+    compiler to fuse.
 
     Codes are subnormal (see code_floats), so x is raised by 2 ** 64 on the way in and the sum by 2 ** 85 on the way
     out: exact for any |x| between 2 ** -41 and 2 ** 64."""
@@ -166,7 +167,7 @@ def _quantised_vector(
             sums = tl.zeros((1, NUM_QUADS, 4), tl.float32)
             for i in tl.static_range(part * CODES // PARTS, (part + 1) * CODES // PARTS):
                 x = _load_x(x_rows, token_mask, norm_ptr, scale, columns + 4 * i, columns + 4 * i < K).to(tl.float32)
-                dots += code_floats(words, high, i, BITS) * (x * 2.0 ** (64 - code_place(i, BITS)))
+                dots = tl.fma(code_floats(words, high, i, BITS), x * 2.0 ** (64 - code_place(i, BITS)), dots)
                 sums += x
             acc += weight_scale * 2.0**85 * tl.sum(dots, axis=2) + shift * tl.sum(sums, axis=2)
         words, quads = words_next, upcoming

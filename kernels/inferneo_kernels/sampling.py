@@ -328,6 +328,22 @@ def aot_cases() -> tuple[AotCase, ...]:
             ("token_ids_ptr", "best_ptr"),
         ),
         AotCase(
+            "merge_head",
+            _merge_kernel,
+            {"token_ids_ptr": "*i64", "best_ptr": "*i64", **tiles, "vocab_size": "i32"},
+            {
+                **blocks,
+                "BLOCK_TILES": 8192,
+                "floats_ptr": None,
+                "ints_ptr": None,
+                "maxima_ptr": None,
+                "state_ptr": None,
+            },
+            8,
+            3,
+            ("token_ids_ptr", "best_ptr"),
+        ),
+        AotCase(
             "merge_filters",
             _merge_kernel,
             {**merged, **filters, "vocab_size": "i32", **tiles},

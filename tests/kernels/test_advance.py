@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import fields, replace
 from types import ModuleType
 from typing import Any
 
@@ -19,7 +19,11 @@ SEQ_LENS = [2, 4, 0, 7, BLOCK_SIZE * MAX_BLOCKS, 1]
 SAMPLED = [9, 3, 5, -1, 1, 10]
 
 
-def make_state(device: torch.device, module: ModuleType, counts: bool = True) -> Any:
+BIAS_STEPS = [5, 6, 2**31 - 1, 4, 5, 5]  # the last of them is no bias of this state
+MAX_BIASES = 3072  # a multiple of what the kernel looks at together, so that mistakes stay inside the tensors
+
+
+def make_state(device: torch.device, module: ModuleType) -> Any:
     num_seqs = len(SEQ_LENS)
     seq_lens = torch.tensor(SEQ_LENS, dtype=torch.int32)
     ints = torch.arange(num_seqs * NUM_INTS).view(num_seqs, NUM_INTS) * 100
@@ -36,12 +40,15 @@ def make_state(device: torch.device, module: ModuleType, counts: bool = True) ->
         seq_lens=seq_lens,
         block_tables=tables,
         sampling_ints=ints,
-        token_counts=token_counts if counts else None,
+        token_counts=token_counts,
+        bias_start=torch.tensor([0, 2, 2, 4, 4, 5, 5], dtype=torch.int32),
+        bias_values=torch.arange(1.0, MAX_BIASES + 1),
+        bias_steps=torch.tensor(BIAS_STEPS + [0] * (MAX_BIASES - len(BIAS_STEPS)), dtype=torch.int32),
         ring=torch.full((RING_SIZE, num_seqs), -9),
         step=torch.tensor([4]),
     )
     values = {field.name: getattr(state, field.name) for field in fields(state)}
-    return module.DecodeState(**{name: value if value is None else value.to(device) for name, value in values.items()})
+    return module.DecodeState(**{name: value.to(device) for name, value in values.items()})
 
 
 def check(module: ModuleType, device: torch.device) -> None:
@@ -63,17 +70,30 @@ def check(module: ModuleType, device: torch.device) -> None:
     assert counted == [[2, 9], [3, 10]]
     assert state.token_counts[[2, 3], [9, 10]].tolist() == [PROMPT_BIT + 1, 7]
     assert not state.token_counts._base[0].any()
-    assert torch.equal(state.block_tables, before["block_tables"])
+    before["bias_values"][[0, 3, 4]] = 0.0  # five steps have been taken
+    assert torch.equal(state.bias_values, before["bias_values"])
+    for name in ("block_tables", "bias_start", "bias_steps"):
+        assert torch.equal(getattr(state, name), before[name]), name
 
 
 def test_advance_moves_every_running_row_on(device: torch.device) -> None:
     check(advance, device)
 
 
-def test_advance_leaves_counting_to_others_where_there_are_no_counts(device: torch.device) -> None:
-    state = make_state(device, advance, counts=False)
-    advance.advance(torch.tensor(SAMPLED, device=device), state, BLOCK_SIZE)
-    assert state.seq_lens.tolist() == [3, 5, 0, 8, 21, 2]
+def check_many_biases(module: ModuleType, device: torch.device) -> None:
+    """More than a program looks at together."""
+    state = make_state(device, module)
+    starts = torch.tensor([0, 2500, 2500, 2500, 2900, 2900, 2900], dtype=torch.int32, device=device)
+    steps = torch.full((MAX_BIASES,), 6, dtype=torch.int32, device=device)
+    ending = [0, 1023, 1024, 2047, 2048, 2899]
+    steps[[*ending, 2900]] = 5
+    state = replace(state, bias_start=starts, bias_steps=steps)
+    module.advance(torch.tensor(SAMPLED, device=device), state, BLOCK_SIZE)
+    assert (state.bias_values == 0).nonzero().flatten().tolist() == ending
+
+
+def test_advance_looks_at_every_bias(device: torch.device) -> None:
+    check_many_biases(advance, device)
 
 
 def test_advance_goes_round_the_ring(device: torch.device) -> None:
@@ -93,6 +113,10 @@ MUTATIONS = [
     ("advance", "(count_row >= 0) & (sampled >= 0)", "sampled >= 0"),
     ("advance", "(count_row >= 0) & (sampled >= 0)", "count_row >= 0"),
     ("advance", "row * NUM_INTS + POSITION", "row + POSITION"),
+    ("advance", "<= step + 1", "<= step"),
+    ("advance", "exists & has_run_out", "has_run_out"),
+    ("advance", "bias_start_ptr + num_seqs", "bias_start_ptr + num_seqs - 2"),
+    ("advance", "bias = start + ", "bias = "),
 ]
 
 
@@ -100,4 +124,9 @@ MUTATIONS = [
 def test_advance_mutation_is_caught(mutation: Any, assert_caught: Callable[..., None], device: torch.device) -> None:
     if device.type == "cuda":
         pytest.skip("a mutated kernel may write outside its tensors; the interpreter run covers it")
-    assert_caught("advance", mutation, lambda module: check(module, device))
+
+    def checks(module: ModuleType) -> None:
+        check(module, device)
+        check_many_biases(module, device)
+
+    assert_caught("advance", mutation, checks)

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from inferneo_kernels import head_draw, sampling, sampling_select
+from inferneo_kernels.quant_layout import dense
 from torch import Tensor
 
 from inferneo_core.batch import (
@@ -219,13 +220,9 @@ def test_thousands_of_plain_draws_agree(device: torch.device, ties: bool) -> Non
     num_rows, vocab_size = 1024, 29
     logits, batch = make_logits(num_rows, vocab_size, ties=ties), make_batch([{}] * num_rows)
     identity = torch.eye(vocab_size)  # as head it gives the logits as they are, and a program draws for many rows
-    slabs = [
-        draw_with_head(head_draw, x, identity, None, replace(batch, floats=floats, ints=ints), device)
-        for x, floats, ints in zip(
-            *(t.split(head_draw.MAX_ROWS) for t in (logits, batch.floats, batch.ints)), strict=True
-        )
-    ]
-    assert torch.equal(torch.cat(slabs), reference.sample(logits, batch).token_ids)
+    on_device = [tensor.to(device) for tensor in (logits, identity, batch.floats, batch.ints)]
+    tokens = head_draw.head_draw(on_device[0], dense(on_device[1]), None, *on_device[2:])
+    assert torch.equal(tokens.cpu(), reference.sample(logits, batch).token_ids)
 
 
 def test_has_filters_false_changes_no_plain_draw(device: torch.device) -> None:
@@ -275,44 +272,6 @@ def test_no_rows_give_no_tokens(device: torch.device) -> None:
     assert run(sampling, empty, make_batch([]), device).token_ids.shape == (0,)
 
 
-def draw_with_head(
-    module: ModuleType, x: Tensor, weight: Tensor, bias: Tensor | None, batch: SamplingBatch, device: torch.device
-) -> Tensor:
-    tensors = (batch.floats, batch.ints, batch.token_counts, batch.bias_start, batch.bias_ids, batch.bias_values)
-    moved = [None if tensor is None else tensor.to(device) for tensor in (x, weight, bias, *tensors)]
-    return module.head_draw(*moved).cpu()
-
-
-def check_head_draw(
-    module: ModuleType, device: torch.device, shape: tuple[int, int, int], dtype: torch.dtype, extras: bool
-) -> None:
-    """Against the reference on the same product in fp64, whose scores are too far apart for rounding to matter."""
-    num_seqs, vocab_size, hidden_size = shape
-    generator = torch.Generator().manual_seed(vocab_size)
-    x = torch.randn(num_seqs, hidden_size, generator=generator).to(dtype)
-    weight = (torch.randn(vocab_size, hidden_size, generator=generator) * 0.4).to(dtype)
-    bias = torch.randn(vocab_size, generator=generator).to(dtype) if extras else None
-    batch = make_batch([SETTINGS[row % 3] for row in range(num_seqs)])
-    if extras:
-        batch = with_extras(batch, vocab_size)
-    logits = x.double() @ weight.double().T + (0.0 if bias is None else bias.double())
-    expected = reference.sample(logits.float(), batch).token_ids
-    assert torch.equal(draw_with_head(module, x, weight, bias, batch, device), expected)
-
-
-@pytest.mark.parametrize("extras", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("shape", [(1, 300, 48), (5, 123, 80), (33, 130, 64)], ids=str)
-def test_head_draw_agrees(device: torch.device, shape: tuple[int, int, int], dtype: torch.dtype, extras: bool) -> None:
-    check_head_draw(head_draw, device, shape, dtype, extras)
-
-
-def test_head_draw_refuses_more_rows_than_it_holds(device: torch.device) -> None:
-    x = torch.zeros(head_draw.MAX_ROWS + 1, 16)
-    with pytest.raises(AssertionError, match="use lm_head"):
-        draw_with_head(head_draw, x, torch.zeros(20, 16), None, make_batch([{}] * len(x)), device)
-
-
 def check_filters(module: ModuleType, device: torch.device) -> None:
     """Small rows on which every part of the sampler decides: filters, ties, penalties, log-probabilities."""
     logits = make_logits(7, 123, ties=True)
@@ -333,11 +292,6 @@ def check_ties(module: ModuleType, device: torch.device) -> None:
     rows = torch.tensor([[-1.0, -0.0, 0.0, -0.0], [1.0, 2.0, 2.0, 2.0], [-INF, -INF, 3.0, 3.0]])
     check(module, rows, make_batch([{"temperature": 0}] * 3), device)
     check(module, rows, make_batch([{"top_k": 1}] * 3), device)
-
-
-def check_head(module: ModuleType, device: torch.device) -> None:
-    check_head_draw(module, device, (5, 300, 80), torch.float32, True)
-    check_head_draw(module, device, (9, 12, 80), torch.float32, True)
 
 
 def edges(index: int) -> Callable[[ModuleType, torch.device], None]:
@@ -362,9 +316,6 @@ MUTATIONS: dict[tuple[str, str, str], Callable[[ModuleType, torch.device], None]
     ("sampling_select", "(weight(d) >= floor)", "(weight(d) >= floor * 2)"): edges(2),
     ("sampling_select", "(tokens >= cut)", "(tokens > cut)"): edges(0),
     ("sampling_select", "(typical_order >= typical_cut)", "(typical_order >= 0)"): edges(3),
-    ("head_draw", "in_k = start + k < hidden_size", "in_k = start + k < hidden_size // 2"): check_head,
-    ("head_draw", "tl.where(row == seq, ids, -1)", "tl.where(row >= seq, ids, -1)"): check_head,
-    ("head_draw", "tile * (BLOCK_N // 4)", "0 * (BLOCK_N // 4)"): check_head,
 }
 
 
@@ -373,13 +324,8 @@ def test_sampler_passes_the_checks_of_its_mutations(device: torch.device, checke
     checked(sampling, device)
 
 
-def test_head_draw_passes_the_check_of_its_mutations(device: torch.device) -> None:
-    check_head(head_draw, device)
-
-
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # a mistake may make NaN, and the check must see it
 @pytest.mark.parametrize("mutation", MUTATIONS, ids=str)
 def test_sampler_mutation_is_caught(mutation: Any, assert_caught: Callable[..., None], device: torch.device) -> None:
     checked = MUTATIONS[mutation]
-    entry = "head_draw" if checked is check_head else "sampling"
-    assert_caught(entry, mutation, lambda module: checked(module, device))
+    assert_caught("sampling", mutation, lambda module: checked(module, device))

@@ -199,7 +199,11 @@ def test_advance_moves_live_rows_and_no_others(backends: Any, device: torch.devi
         slot_mapping=tensor([19, 25, -1]),
         seq_lens=tensor([4, 10, 0], torch.int32),
         block_tables=tensor([[4, 2, 0], [1, 3, 6], [0, 0, 0]], torch.int32),
-        sampling_ints=tensor([[0, 7, 4, 0, -1], [0, 7, 10, 0, -1], [0, 7, 1, 0, -1]]),
+        sampling_ints=tensor([[0, 7, 4, 0, 1], [0, 7, 10, 0, 0], [0, 7, 1, 0, -1]]),
+        token_counts=torch.zeros(2, VOCAB, dtype=torch.int32, device=device),
+        bias_start=tensor([0, 1, 2, 2], torch.int32),
+        bias_values=torch.full((4,), -1.0, device=device),
+        bias_steps=tensor([1, 3, 0, 0], torch.int32),
         ring=tensor([[0, 0, 0], [0, 0, 0]]),
         step=tensor([1]),
     )
@@ -211,6 +215,8 @@ def test_advance_moves_live_rows_and_no_others(backends: Any, device: torch.devi
     assert state.sampling_ints[:, 2].tolist() == [5, 11, 1]
     assert state.ring[1].tolist()[:2] == [50, -1]
     assert state.step.tolist() == [2]
+    assert state.token_counts.nonzero().tolist() == [[1, 50]]
+    assert state.bias_values.tolist() == [0.0, -1.0, -1.0, -1.0]
 
 
 # Errors
