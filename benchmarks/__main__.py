@@ -21,6 +21,7 @@ from inferneo_benchmarks.results import Result
 from inferneo_benchmarks.table import comparison_table, result_table
 
 HERE = Path(__file__).resolve().parent
+PYTEST = ("-q", "--no-header", "-o", "python_files=bench_*.py", "--import-mode=importlib", "-p", "no:cacheprovider")
 FILES = {
     "qkv_rope_store": "bench_qkv_rope_store.py",
     "attention": "bench_attention.py",
@@ -93,8 +94,7 @@ def run(options: argparse.Namespace) -> Result:
 def _one_pass(options: argparse.Namespace, number: int, path: Path) -> dict[str, Any]:
     print(f"pass {number + 1} of {options.passes}", file=sys.stderr, flush=True)
     files = [str(HERE / FILES[verb]) for verb in options.verb or FILES]
-    command = [sys.executable, "-m", "pytest", "-q", "--no-header", *files, "-o", "python_files=bench_*.py"]
-    command += ["--import-mode=importlib", "-p", "no:cacheprovider", "--benchmark-quiet", "--pass-json", str(path)]
+    command = [sys.executable, "-m", "pytest", *PYTEST, *files, "--benchmark-quiet", "--pass-json", str(path)]
     # All that is quick takes three minutes; whoever asks for a verb or two gets longer rounds of them.
     budget = options.budget or (1.0 if options.full else 0.25 if options.verb else 0.1)
     command += ["--threads", str(options.threads), "--budget", str(budget)]

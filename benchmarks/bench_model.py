@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -53,7 +53,7 @@ def prompt(length: int, salt: int = 0) -> list[int]:
     return [(7 * index + salt) % 250 + 1 for index in range(length)]
 
 
-def whole(by_verb: dict[str, Count]) -> Count:
+def whole(by_verb: Mapping[str, Count]) -> Count:
     return sum(by_verb.values(), Count(0, 0))
 
 

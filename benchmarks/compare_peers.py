@@ -20,8 +20,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
 
-from floors import Floors, measure
-from peer_models import PeerModels
+from inferneo_benchmarks.floors import Floors, measure
+from inferneo_benchmarks.peer_models import PeerModels
 
 OURS = "inferneo"
 WEIGHT_BYTES = 96.6e6  # read for every token that is decoded

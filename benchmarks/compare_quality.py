@@ -14,10 +14,11 @@ import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from compare_peers import Engine as Peer
+from inferneo_benchmarks.compare_peers import Engine as Peer
 from torch import Tensor
 
 from inferneo_core import Engine
@@ -64,7 +65,7 @@ def main() -> None:
     args = parser.parse_args()
     path = resolve("smollm2-135m-instruct").gguf_path
     assert path is not None
-    options = {"max_model_len": WINDOW, "max_num_seqs": 1}
+    options: dict[str, Any] = {"max_model_len": WINDOW, "max_num_seqs": 1}
     reference = Engine(path, ops="torch", dtype="float32", **options)
     engines = {
         f"inferneo, {dtype} cache": engine_logits(Engine(path, ops="cpu", kv_cache_dtype=dtype, **options))

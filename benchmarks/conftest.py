@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +13,11 @@ import pytest
 import torch
 from inferneo_benchmarks import verbs
 from inferneo_benchmarks.backends import Backend, has_gpu
-from inferneo_benchmarks.floors import Ceilings
 from inferneo_benchmarks.results import Measurement
 from inferneo_benchmarks.timing import CpuMeter, GpuMeter, Meter, Samples, measure
 
 MAX_ERROR = 0.03  # of a verb against the reference in fp32: int8 activations cost 1%
 MAX_LATENCIES = 400
-UNRATED_PROBES = ("python", "products")  # they say nothing about a ceiling
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -37,10 +35,12 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "full: left out of the quick selection")
     config.addinivalue_line("markers", "backend(name): needs this backend")
     config.addinivalue_line("markers", "model(name): of this model's shapes")
-    config.stash[_RECORD] = {"ceilings": [], "benchmarks": [], "steps": []}
+    config.stash[_RECORD] = {"benchmarks": [], "steps": []}
+    config.stash[_METERS] = []
 
 
 _RECORD = pytest.StashKey[dict[str, list[Any]]]()
+_METERS = pytest.StashKey[list[Meter]]()
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -64,7 +64,10 @@ def _is_wanted(config: pytest.Config, item: pytest.Item) -> bool:
 def pytest_sessionfinish(session: pytest.Session) -> None:
     path = session.config.getoption("--pass-json")
     if path is not None:
-        path.write_text(json.dumps(session.config.stash[_RECORD]), encoding="utf-8")
+        meters, record = session.config.stash[_METERS], session.config.stash[_RECORD]
+        ceilings = [meter.ceilings.as_json() for meter in meters]
+        fastest = [meter.fastest.as_json() for meter in meters]
+        path.write_text(json.dumps({**record, "ceilings": ceilings, "fastest": fastest}), encoding="utf-8")
 
 
 @pytest.fixture(scope="session")
@@ -78,7 +81,7 @@ def num_threads(request: pytest.FixtureRequest) -> int:
 def cpu_meter(request: pytest.FixtureRequest, num_threads: int) -> CpuMeter:
     """The ceilings of the CPU, measured as the run starts."""
     meter = CpuMeter(num_threads)
-    request.config.stash[_RECORD]["ceilings"].append(meter.ceilings.as_json())
+    request.config.stash[_METERS].append(meter)
     return meter
 
 
@@ -86,7 +89,7 @@ def cpu_meter(request: pytest.FixtureRequest, num_threads: int) -> CpuMeter:
 def gpu_meter(request: pytest.FixtureRequest) -> GpuMeter:
     """The ceilings of the GPU."""
     meter = GpuMeter()
-    request.config.stash[_RECORD]["ceilings"].append(meter.ceilings.as_json())
+    request.config.stash[_METERS].append(meter)
     return meter
 
 
@@ -106,8 +109,7 @@ def record(request: pytest.FixtureRequest) -> Callable[..., Measurement]:
         # facts may still be added to: the same dict stands in the record.
         flat = {"seconds": samples.seconds, "probe_seconds": samples.probe_seconds, "facts": one.facts}
         stash["benchmarks"].append({**asdict(one), **flat})
-        if probe not in UNRATED_PROBES:
-            stash["ceilings"].append(_seen(meter, probe, samples).as_json())
+        meter.learn(probe, samples.probe_seconds)
         return one
 
     return keep_measurement
@@ -122,16 +124,6 @@ def record_step(request: pytest.FixtureRequest) -> Callable[..., None]:
         request.config.stash[_RECORD]["steps"].append(step)
 
     return keep_step
-
-
-def _seen(meter: Meter, probe: str, samples: Samples) -> Ceilings:
-    """The ceilings, raised to what the probe has reached since."""
-    best = meter.rate(probe, min(samples.probe_seconds))
-    if probe == "read":
-        return replace(meter.ceilings, bytes_per_s=max(meter.ceilings.bytes_per_s, best))
-    rates = {**meter.ceilings.operations_per_s}
-    rates[probe] = max(rates[probe], best)
-    return replace(meter.ceilings, operations_per_s=rates)
 
 
 @pytest.fixture

@@ -40,7 +40,7 @@ class Floors:
 
 @dataclass(frozen=True, slots=True)
 class Ceilings:
-    """The best that a device was seen to do.
+    """What a device was seen to do at its best, and not by chance.
 
     Attributes:
         device: "cpu" or "cuda".
@@ -126,23 +126,19 @@ class CpuProbe:
     def round_trip_ns(self) -> float:
         return float(self._library.floors_round_trip()) if self.num_threads > 1 else 0.0
 
-    def ceilings(self) -> Ceilings:
-        """The best of many samples; takes some 0.3 s."""
-        return Ceilings(
-            "cpu",
-            self.num_threads,
-            max(self.read() for _ in range(TRIES // 2)),
-            {compute: max(self.multiply(compute) for _ in range(TRIES)) for compute in ("int8", "fp32", "bf16")},
-        )
+    def rates(self) -> dict[str, list[float]]:
+        """Many samples of "read" and of each product; takes some 0.3 s."""
+        reads = [self.read() for _ in range(TRIES // 2)]
+        products = {compute: [self.multiply(compute) for _ in range(TRIES)] for compute in ("int8", "fp32", "bf16")}
+        return {"read": reads, **products}
 
 
 def measure(threads: int) -> Floors:
     """All of them in the units that people quote; takes some 0.3 s."""
     probe = CpuProbe(threads)
-    ceilings = probe.ceilings()
-    giga = {compute: round(rate / 1e9, 1) for compute, rate in ceilings.operations_per_s.items()}
+    giga = {kind: round(max(rates) / 1e9, 1) for kind, rates in probe.rates().items()}
     round_trip = round(min(probe.round_trip_ns() for _ in range(TRIES // 2)))
-    return Floors(threads, round(ceilings.bytes_per_s / 1e9, 1), giga["int8"], giga["fp32"], giga["bf16"], round_trip)
+    return Floors(threads, giga["read"], giga["int8"], giga["fp32"], giga["bf16"], round_trip)
 
 
 if __name__ == "__main__":

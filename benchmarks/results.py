@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ class Measurement:
         probe: kind of the probe (timing.py).
         seconds: a pass each: of one call, a round each.
         probe_seconds: of the probe right before.
-        facts: further figures, by name.
+        facts: further figures, by name: the median of the passes.
         latencies_ms: what a distribution is drawn of, where there is one.
     """
 
@@ -74,7 +74,7 @@ class Result:
         machine: processor, cores, memory, GPU.
         versions: of Python, torch and what else moves figures.
         options: what was asked for.
-        ceilings: by device, the best over all passes.
+        ceilings: by device, the median of the passes', raised to what a kernel reached.
         measurements: in the order of their running.
         steps: whole steps, as Engine.profile saw them: {"name", "device", "total_s", "verbs": {verb: {"seconds",
             "floor_seconds"}}}.
@@ -122,26 +122,20 @@ def merge(passes: Sequence[Mapping[str, Any]], **about: Any) -> Result:
     """One Result of what the passes wrote.
 
     Args:
-        passes: each {"ceilings": [...], "benchmarks": [...], "steps": [...]}, as conftest.py writes it.
+        passes: each {"ceilings": [...], "fastest": [...], "benchmarks": [...], "steps": [...]}, of conftest.py.
         about: when, commit, machine, versions and options of the run.
     Raises:
         ValueError: a kernel beats what its device was seen to do by more than TOLERANCE: its count is wrong, or its
             operands lay in a cache.
     """
-    by_name: dict[str, Measurement] = {}
+    by_name: dict[str, list[Mapping[str, Any]]] = {}
     for one in passes:
         for found in one["benchmarks"]:
-            name = found["name"]
-            if name in by_name:
-                by_name[name].seconds.append(found["seconds"])
-                by_name[name].probe_seconds.append(found["probe_seconds"])
-                by_name[name].latencies_ms.extend(found["latencies_ms"])
-            else:
-                by_name[name] = Measurement(**{**found, "seconds": [], "probe_seconds": []})
-                by_name[name].seconds.append(found["seconds"])
-                by_name[name].probe_seconds.append(found["probe_seconds"])
-    measurements = list(by_name.values())
-    ceilings = highest(Ceilings(**one) for each in passes for one in each["ceilings"])
+            by_name.setdefault(found["name"], []).append(found)
+    measurements = [_merged(found) for found in by_name.values()]
+    ceilings = _over_passes(passes, "ceilings", statistics.median)
+    for device, fastest in _over_passes(passes, "fastest", max).items():
+        _check(measurements, device, fastest)
     return Result(
         **about,
         ceilings={device: _raised(one, measurements) for device, one in ceilings.items()},
@@ -150,28 +144,55 @@ def merge(passes: Sequence[Mapping[str, Any]], **about: Any) -> Result:
     )
 
 
-def highest(samples: Iterable[Ceilings]) -> dict[str, Ceilings]:
-    """The best that each device was seen to do."""
-    best: dict[str, Ceilings] = {}
-    for one in samples:
-        known = best.get(one.device, one)
-        rates = {kind: max(rate, known.operations_per_s[kind]) for kind, rate in one.operations_per_s.items()}
-        best[one.device] = Ceilings(one.device, one.num_threads, max(one.bytes_per_s, known.bytes_per_s), rates)
-    return best
+def _merged(passes: Sequence[Mapping[str, Any]]) -> Measurement:
+    """One benchmark over its passes; a fact is the median of theirs."""
+    return Measurement(
+        **{
+            **passes[0],
+            "seconds": [one["seconds"] for one in passes],
+            "probe_seconds": [one["probe_seconds"] for one in passes],
+            "facts": {fact: statistics.median(one["facts"][fact] for one in passes) for fact in passes[0]["facts"]},
+            "latencies_ms": [latency for one in passes for latency in one["latencies_ms"]],
+        }
+    )
+
+
+def _over_passes(
+    passes: Iterable[Mapping[str, Any]], what: str, choose: Callable[[Iterable[float]], float]
+) -> dict[str, Ceilings]:
+    """By device: of each rate, what `choose` makes of the passes'."""
+    found: dict[str, list[Ceilings]] = {}
+    for one in passes:
+        for ceilings in one[what]:
+            found.setdefault(ceilings["device"], []).append(Ceilings(**ceilings))
+    return {
+        device: Ceilings(
+            device,
+            seen[0].num_threads,
+            choose([one.bytes_per_s for one in seen]),
+            {kind: choose([one.operations_per_s[kind] for one in seen]) for kind in seen[0].operations_per_s},
+        )
+        for device, seen in found.items()
+    }
+
+
+def _check(measurements: Iterable[Measurement], device: str, fastest: Ceilings) -> None:
+    """Refuse a kernel that beats the fastest that its device was seen to be."""
+    for one in measurements:
+        if one.device == device and one.num_bytes and (share := one.share(fastest)) > 1 + TOLERANCE:
+            raise ValueError(
+                f"{one.name} reaches {share:.0%} of the roofline measured beside it; its count is wrong, or "
+                "its operands lay in a cache"
+            )
 
 
 def _raised(ceilings: Ceilings, measurements: Sequence[Measurement]) -> Ceilings:
-    """What a kernel does the machine can do: a ceiling that one exceeds by a little is raised to it."""
+    """What a kernel does the machine can do: a ceiling that one exceeds is raised to it."""
     rates = dict(ceilings.operations_per_s)
     bytes_per_s = ceilings.bytes_per_s
     for one in measurements:
         if one.device != ceilings.device or not one.num_bytes:
             continue
-        if (share := one.share(ceilings)) > 1 + TOLERANCE:
-            raise ValueError(
-                f"{one.name} reaches {share:.0%} of the roofline measured beside it; its count is wrong, or "
-                "its operands lay in a cache"
-            )
         bytes_per_s = max(bytes_per_s, one.num_bytes / one.median_s)
         rates[one.compute] = max(rates[one.compute], one.num_operations / one.median_s)
     return Ceilings(ceilings.device, ceilings.num_threads, bytes_per_s, rates)

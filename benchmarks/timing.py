@@ -8,9 +8,10 @@ moves, so it is what two runs are compared by; shares of the ceiling come from t
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
+from statistics import quantiles
 from typing import Any, TypeAlias
 
 import torch
@@ -40,7 +41,25 @@ class CpuMeter:
 
     def __init__(self, num_threads: int) -> None:
         self._probe = CpuProbe(num_threads)
-        self.ceilings: Ceilings = self._probe.ceilings()
+        self._rates = self._probe.rates()
+
+    @property
+    def ceilings(self) -> Ceilings:
+        """The upper decile of all samples so far. The best of thousands would be an accident's: two cores that share a
+        path to memory read twice as fast in the milliseconds that a hypervisor lends them two."""
+        best = {kind: quantiles(rates, n=10, method="inclusive")[-1] for kind, rates in self._rates.items()}
+        return Ceilings("cpu", self._probe.num_threads, best.pop("read"), best)
+
+    @property
+    def fastest(self) -> Ceilings:
+        """The best of all samples: what no kernel can beat, accident or not."""
+        best = {kind: max(rates) for kind, rates in self._rates.items()}
+        return Ceilings("cpu", self._probe.num_threads, best.pop("read"), best)
+
+    def learn(self, kind: str, probe_seconds: Sequence[float]) -> None:
+        """Let samples of a probe say something about its ceiling, too."""
+        if kind in self._rates:
+            self._rates[kind] += [(PROBE_BYTES if kind == "read" else 1e9) / seconds for seconds in probe_seconds]
 
     def probe(self, kind: str) -> float:
         """Seconds of a fixed piece of work: "read", "int8", "fp32", "bf16", or "python" for what runs in Python."""
@@ -51,10 +70,6 @@ class CpuMeter:
         if kind == "read":
             return PROBE_BYTES / self._probe.read(PROBE_BYTES)
         return 1e9 / self._probe.multiply(kind)
-
-    def rate(self, kind: str, probe_seconds: float) -> float:
-        """Bytes or operations a second that a sample of the probe stands for."""
-        return (PROBE_BYTES if kind == "read" else 1e9) / probe_seconds
 
     def seconds(self, program: Callable[[], Any]) -> float:
         started = time.perf_counter()
@@ -79,6 +94,20 @@ class GpuMeter:
         products = {kind: 2 * MATRIX**3 / self._best(partial(self._multiply, kind)) for kind in self._matrices}
         self.ceilings = Ceilings("cuda", 0, max(copying, reading), products)
 
+    @property
+    def fastest(self) -> Ceilings:
+        """What no kernel can beat."""
+        return self.ceilings
+
+    def learn(self, kind: str, probe_seconds: Sequence[float]) -> None:
+        """Raise a ceiling to the best of a probe's samples: a GPU's clock has no accidents."""
+        best = (2 * self._source.nbytes if kind == "read" else 2 * MATRIX**3) / min(probe_seconds)
+        if kind == "read":
+            self.ceilings = replace(self.ceilings, bytes_per_s=max(self.ceilings.bytes_per_s, best))
+        elif kind in self.ceilings.operations_per_s:
+            rates = self.ceilings.operations_per_s
+            self.ceilings = replace(self.ceilings, operations_per_s={**rates, kind: max(rates[kind], best)})
+
     def _best(self, work: Callable[[], Any]) -> float:
         return min(self.seconds(work) for _ in range(15))
 
@@ -94,10 +123,6 @@ class GpuMeter:
         if kind == "read":
             return self.seconds(lambda: self._target.copy_(self._source))
         return self.seconds(lambda: self._multiply(kind))
-
-    def rate(self, kind: str, probe_seconds: float) -> float:
-        """Bytes or operations a second that a sample of the probe stands for."""
-        return (2 * self._source.nbytes if kind == "read" else 2 * MATRIX**3) / probe_seconds
 
     def seconds(self, program: Callable[[], Any]) -> float:
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))

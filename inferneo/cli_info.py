@@ -21,11 +21,13 @@ def describe(model: str, context: int | None) -> Iterator[tuple[str, str]]:
     Raises:
         ModelError: the model's files cannot be used.
         ConfigError: context is beyond the model's limit.
+        BackendUnavailable: what the model would run on is missing.
     """
-    from inferneo_core.assembly import choose_dtype, read_config
+    from inferneo_core import EngineConfig
+    from inferneo_core.assembly import choose_cache_dtype, choose_dtype, read_config
     from inferneo_core.errors import ConfigError
     from inferneo_core.kv_cache import block_bytes
-    from inferneo_core.ops import select_device
+    from inferneo_core.ops import select_device, select_ops
     from inferneo_core.weights import open_checkpoint, resolve
 
     files = resolve(model)
@@ -36,19 +38,18 @@ def describe(model: str, context: int | None) -> Iterator[tuple[str, str]]:
     if num_tokens > limit:
         raise ConfigError(f"--context is {num_tokens}; the model's limit is {limit} tokens (lower --context)")
     device = select_device("auto")
-    dtype = choose_dtype("auto", checkpoint.dtype, device)
+    ops = select_ops("auto", device, choose_dtype("auto", checkpoint.dtype, device), num_threads=1)
+    cache_dtype = choose_cache_dtype(EngineConfig(), checkpoint.dtype, ops)
     num_parameters = sum(prod(stored.shape) for stored in checkpoint.tensors.values())
-    weight_bytes = num_parameters * dtype.itemsize
-    cache_bytes = num_tokens * block_bytes(config, block_size=1, dtype=dtype)
-    dtype_name = str(dtype).removeprefix("torch.")
+    cache_bytes = num_tokens * block_bytes(config, block_size=1, dtype=cache_dtype)
     yield "model", str(checkpoint.source)
     yield "architecture", architecture(config)
     yield "context", f"{limit:,} tokens"
     yield "parameters", f"{num_parameters:,}"
     yield "stored", f"{in_units(checkpoint.num_bytes)} ({storage(checkpoint)})"
-    yield "memory", f"{in_units(weight_bytes + cache_bytes)} on {device}"
-    yield "  weights", f"{in_units(weight_bytes)} as {dtype_name}"
-    yield "  KV cache", f"{in_units(cache_bytes)} for {num_tokens:,} tokens"
+    yield "memory", f"{in_units(checkpoint.num_bytes + cache_bytes)} on {device}"
+    yield "  weights", f"{in_units(checkpoint.num_bytes)}, as they are stored"  # both fast backends keep the types
+    yield "  KV cache", f"{in_units(cache_bytes)} for {num_tokens:,} tokens, {str(cache_dtype).removeprefix('torch.')}"
 
 
 def architecture(config: ModelConfig) -> str:

@@ -82,7 +82,7 @@ def figures(answer: Answer) -> str:
         return "0 tokens"
     parts = [
         f"{answer.num_tokens} token{'s' if answer.num_tokens != 1 else ''}",
-        f"first after {answer.timings.ttft_ms:.0f} ms",
+        f"first token after {answer.timings.ttft_ms:.0f} ms",
     ]
     if answer.num_tokens > 1:  # a speed needs two points in time
         parts.append(f"{answer.timings.tokens_per_s:.1f} tokens/s")

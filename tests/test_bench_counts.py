@@ -82,6 +82,10 @@ def test_sample_reads_each_logit_once() -> None:
     assert counts.sample(10, 3) == Count(3 * (40 + 8), 30)
 
 
+def test_score_writes_a_logprob_a_rank_and_the_listed_tokens() -> None:
+    assert counts.score(10, 3, 2) == Count(3 * (40 + 8 + 4 + 8 + 2 * (8 + 4)), 3 * 10 * 3)
+
+
 def test_step_is_the_sum_of_its_verbs_over_the_layers() -> None:
     work = [SequenceWork(2, 3), SequenceWork(1, 5)]
     step = counts.step(TINY, FP32, work)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from inferneo_benchmarks import results
+from inferneo_benchmarks import results, timing
 from inferneo_benchmarks.compare import compare, student_t
 from inferneo_benchmarks.floors import Ceilings
 from inferneo_benchmarks.report import write_report
@@ -148,7 +148,8 @@ def test_student_t_equals_the_tables(probability: float, degrees: int, quantile:
 def a_pass(seconds: list[float], **fields: Any) -> dict[str, Any]:
     one = dataclasses.asdict(measurement("a", [seconds], [seconds], **fields))
     one = {**one, "seconds": seconds, "probe_seconds": seconds}
-    return {"ceilings": [dataclasses.asdict(CPU)], "benchmarks": [one], "steps": [{"name": "s"}]}
+    ceilings = [dataclasses.asdict(CPU)]
+    return {"ceilings": ceilings, "fastest": ceilings, "benchmarks": [one], "steps": [{"name": "s"}]}
 
 
 def about() -> dict[str, Any]:
@@ -165,17 +166,49 @@ def test_share_is_the_roofline_over_the_time() -> None:
 
 
 def test_merge_puts_the_passes_of_a_benchmark_together() -> None:
-    faster = {**a_pass([3e-4]), "ceilings": [{**dataclasses.asdict(CPU), "bytes_per_s": 2e10}]}
-    merged = results.merge([a_pass([2e-4, 2e-4]), faster], **about())
+    faster = {
+        **a_pass([3e-4], facts={"tokens_per_s": 4.0}),
+        "ceilings": [{**dataclasses.asdict(CPU), "bytes_per_s": 2e10}],
+    }
+    merged = results.merge([a_pass([2e-4, 2e-4], facts={"tokens_per_s": 2.0}), faster], **about())
     (one,) = merged.measurements
     assert one.seconds == [[2e-4, 2e-4], [3e-4]]
-    assert merged.ceilings["cpu"].bytes_per_s == 2e10  # the best that was seen
+    assert one.facts == {"tokens_per_s": 3.0}  # the median of the passes
+    assert merged.ceilings["cpu"].bytes_per_s == 1.5e10  # the median of the passes
     assert merged.steps == [{"name": "s"}]
     assert 0 < merged.share(one) <= 1
 
 
+def test_ceiling_is_not_an_accident_of_a_few_samples(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Probe:
+        num_threads = 2
+
+        def __init__(self, num_threads: int) -> None: ...
+
+        def rates(self) -> dict[str, list[float]]:
+            return {"read": [30e9, 36e9] * 10, "int8": [1e12] * 40}
+
+    monkeypatch.setattr(timing, "CpuProbe", Probe)
+    meter = timing.CpuMeter(2)
+    assert meter.ceilings == Ceilings("cpu", 2, 36e9, {"int8": 1e12})
+    meter.learn("read", [timing.PROBE_BYTES / 70e9] * 2)  # two samples of 22
+    assert meter.ceilings.bytes_per_s == 36e9
+    meter.learn("read", [timing.PROBE_BYTES / 40e9] * 20)  # half of 42: the machine can do that
+    assert meter.ceilings.bytes_per_s == pytest.approx(40e9)
+    meter.learn("python", [1.0])
+    assert meter.fastest.bytes_per_s == pytest.approx(70e9)
+    assert meter.ceilings.operations_per_s == {"int8": 1e12}
+
+
 def test_merge_raises_a_ceiling_that_a_kernel_exceeds_a_little() -> None:
     merged = results.merge([a_pass([0.95e-4])], **about())
+    assert merged.share(merged.measurements[0]) == pytest.approx(1.0)
+
+
+def test_merge_believes_a_kernel_that_the_fastest_sample_explains() -> None:
+    """Memory read twice as fast for some milliseconds, and a kernel ran in them."""
+    quick = {**a_pass([0.5e-4]), "fastest": [{**dataclasses.asdict(CPU), "bytes_per_s": 2e10}]}
+    merged = results.merge([quick], **about())
     assert merged.share(merged.measurements[0]) == pytest.approx(1.0)
 
 

@@ -100,7 +100,7 @@ def test_generate_streams_to_stdout_and_puts_figures_on_stderr(run):
     result = run(FakeEngine(("Hello", "", " wörld")), "generate", "some-model", "Hi")
     assert result.exit_code == 0
     assert result.stdout == "Hello wörld\n"
-    assert result.stderr == "3 tokens, first after 21 ms, 12.3 tokens/s\n"
+    assert result.stderr == "3 tokens, first token after 21 ms, 12.3 tokens/s\n"
 
 
 def test_generate_passes_every_option_on(run):
@@ -210,8 +210,8 @@ def test_stream_answer_writes_each_token_as_it_comes():
     ("num_tokens", "timings", "line"),
     [
         (0, None, "0 tokens"),
-        (1, TIMINGS, "1 token, first after 21 ms"),
-        (2, TIMINGS, "2 tokens, first after 21 ms, 12.3 tokens/s"),
+        (1, TIMINGS, "1 token, first token after 21 ms"),
+        (2, TIMINGS, "2 tokens, first token after 21 ms, 12.3 tokens/s"),
     ],
 )
 def test_figures_say_only_what_was_measured(num_tokens, timings, line):
@@ -347,7 +347,7 @@ def test_generate_prints_what_the_engine_streams(tiny_model):
     options = ["--max-tokens", "16", "--temperature", "0.9", "--seed", "7"]
     result = CliRunner().invoke(app, ["generate", str(directory), "Once upon", *options])
     assert (result.exit_code, result.stdout) == (0, expected + "\n")
-    assert "tokens, first after " in result.stderr
+    assert "tokens, first token after " in result.stderr
 
 
 @pytest.mark.parametrize("prompt", ["", "caf\udce9"])

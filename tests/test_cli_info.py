@@ -25,13 +25,13 @@ def test_info_counts_parameters_and_memory(tiny_model):
     # embedding and head 2 * 263 * 48; a layer 2 * 48 * 48 + 2 * 16 * 48 + 3 * 80 * 48 + 2 * 48; the last norm 48
     assert lines["parameters"] == "78,576"
     assert lines["stored"] == "153.5 KiB (BF16 100.0 %)"
-    assert lines["weights"] == "153.5 KiB as bfloat16"
-    assert lines["KV cache"] == "96.0 KiB for 512 tokens"  # 2 * 3 layers * 2 heads * 8 * 2 bytes = 192 a token
+    assert lines["weights"] == "153.5 KiB, as they are stored"
+    assert lines["KV cache"] == "96.0 KiB for 512 tokens, bfloat16"  # 2 * 3 layers * 2 heads * 8 * 2 bytes each
     assert lines["memory"].startswith("249.5 KiB on ")
 
 
 def test_info_counts_memory_for_the_context_asked_for(tiny_model):
-    assert info_lines(str(tiny_model()), "--context", "2")["KV cache"] == "768 bytes for 2 tokens"
+    assert info_lines(str(tiny_model()), "--context", "2")["KV cache"] == "768 bytes for 2 tokens, float32"
 
 
 def test_info_context_beyond_the_model_is_refused(tiny_model):
@@ -60,3 +60,7 @@ def test_info_of_the_default_model(default_model):
     lines = info_lines(str(default_model))
     assert lines["parameters"] == "134,515,008"
     assert lines["stored"].startswith("92.1 MiB (Q4_1 ")
+    # The engine keeps Q4_1 as it is, and 2 * 30 layers * 3 heads * 64 * 2 bytes = 22.5 KiB a token.
+    assert lines["weights"] == "92.1 MiB, as they are stored"
+    assert lines["KV cache"] == "180.0 MiB for 8,192 tokens, bfloat16"
+    assert lines["memory"].startswith("272.1 MiB on ")

@@ -81,4 +81,4 @@ def test_chat_survives_a_real_interrupt(tmp_path):
         process.stdin.close()
         assert process.stdout.read() == b""
         assert process.wait(timeout=60) == 0
-    assert notes.read_text().count("first after") == 2
+    assert notes.read_text().count("first token after") == 2

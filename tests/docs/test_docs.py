@@ -22,6 +22,7 @@ PAGES = (
     ROOT / "README.md",
     ROOT / "docs" / "streaming.md",
     ROOT / "docs" / "online-serving.md",
+    ROOT / "docs" / "profiling.md",
     ROOT / "docs" / "examples" / "chat-completion.md",
     ROOT / "docs" / "developer-guide" / "performance-tuning.md",
     ROOT / "examples" / "README.md",
@@ -152,7 +153,8 @@ def test_page_links_lead_somewhere(page):
 @pytest.mark.parametrize(
     "page", [page for page in PAGES if snippets(page, "python")], ids=lambda page: str(page.relative_to(ROOT))
 )
-def test_page_python_runs_in_order(page, server):
+def test_page_python_runs_in_order(page, server, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # what a program writes stays out of the tree
     namespace: dict[str, Any] = {"__name__": "__main__"}
     for snippet in snippets(page, "python"):
         ran = run(snippet, namespace, server)
