@@ -69,7 +69,7 @@ def main() -> None:
     reference = Engine(path, ops="torch", dtype="float32", **options)
     engines = {
         f"inferneo, {dtype} cache": engine_logits(Engine(path, ops="cpu", kv_cache_dtype=dtype, **options))
-        for dtype in ("bfloat16", "float16", "float32")
+        for dtype in ("bfloat16", "float16", "float32", "int8")
     }
     peer = Peer("llama.cpp", "llama.cpp", args.peers_python, path, torch.get_num_threads())
     if peer.is_absent:

@@ -163,7 +163,15 @@ def choose_cache_dtype(config: EngineConfig, stored: torch.dtype | None, ops: Op
     """The cache's dtype: as wanted, or as the checkpoint's, or the backend's own.
 
     CpuOps computes in fp32 whatever the weights are; a cache of fp32 would only double what a long context reads.
+
+    Raises:
+        ConfigError: the backend has no such cache.
     """
+    if config.kv_cache_dtype == "int8" and ops.name == "triton":
+        raise ConfigError(
+            "kv_cache_dtype is 'int8'; ops='triton' keeps keys and values in float32, bfloat16 or float16 "
+            "(use one of them, or ops='cpu' or 'torch')"
+        )
     wanted = config.kv_cache_dtype if config.kv_cache_dtype != "auto" else config.dtype
     if wanted != "auto":
         dtype = getattr(torch, wanted)

@@ -8,6 +8,7 @@ import sys
 import torch
 from torch import Tensor
 
+from inferneo_core.cache_rows import row_elements
 from inferneo_core.config import ModelConfig
 from inferneo_core.errors import CacheTooSmall
 from inferneo_core.ops.base import CacheLayer
@@ -24,14 +25,15 @@ class KVCache:
         config: the model's.
         num_blocks: blocks a layer.
         block_size: tokens a block.
-        dtype, device: of the tensors. On the CPU a block's pages are touched when it is first written. It holds its
-            tokens' keys and values of all layers, so that a short context touches few pages and those can be huge.
+        dtype, device: of the tensors; an int8 row holds its scale, too (cache_rows). On the CPU a block's pages are
+            touched when it is first written. It holds its tokens' keys and values of all layers, so that a short
+            context touches few pages and those can be huge.
     """
 
     def __init__(
         self, config: ModelConfig, num_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device
     ) -> None:
-        shape = (config.num_kv_heads, block_size, config.head_dim)
+        shape = (config.num_kv_heads, block_size, row_elements(config.head_dim, dtype))
         self.num_blocks = num_blocks
         self.block_size = block_size
         if device.type == "cpu":
@@ -60,7 +62,8 @@ def _huge_pages(num_bytes: int) -> Tensor:
 
 def block_bytes(config: ModelConfig, block_size: int, dtype: torch.dtype) -> int:
     """Bytes of one block over all layers, keys and values."""
-    return 2 * config.num_layers * config.num_kv_heads * config.head_dim * block_size * dtype.itemsize
+    row_bytes = row_elements(config.head_dim, dtype) * dtype.itemsize
+    return 2 * config.num_layers * config.num_kv_heads * block_size * row_bytes
 
 
 def activation_bytes(config: ModelConfig, max_num_batched_tokens: int, max_num_seqs: int) -> int:

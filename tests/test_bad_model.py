@@ -85,7 +85,7 @@ def refused(error: type[Exception], call: Callable[..., Any], *args: Any, words:
         ("device", ["", "gpu", "cuda:x", "cuda:-1", "cuda:", "cpu:1", "auto:0", None, 0, b"cpu", ["cpu"]], "cpu, cuda"),
         ("ops", ["", "cuda", None, 1, ["cpu"]], "auto, torch, cpu, triton"),
         ("dtype", ["int8", "fp32", "", None, torch.float32], "auto, float32, bfloat16, float16"),
-        ("kv_cache_dtype", ["int8", "fp8", None, 1], "auto, float32, bfloat16, float16"),
+        ("kv_cache_dtype", ["int4", "fp8", None, 1], "auto, float32, bfloat16, float16, int8"),
         ("kv_cache_memory", [0, -1, 2**63, HUGE, 1.5, "1GB", True], "integer [1,"),
         ("block_size", [0, -16, 1025, 2**40, HUGE, 16.0, "16", None, True], "integer [1, 1024]"),
         ("max_model_len", [0, 1, -1, 2**31, HUGE, 64.0, "64", True], "integer [2,"),

@@ -63,7 +63,7 @@ void find(const AttentionTask& task, const Work& work, const std::byte* side, in
     for (int64_t i = 0; i < count; i += kGranule) *granules++ = row(first + i);
     return;
   }
-  const int64_t row_bytes = cache.head_dim * cache_type_bytes(cache.type);
+  const int64_t row_bytes = cache.row_bytes();
   for (int64_t i = 0; i < count; ++i) {
     if (i % kGranule == 0) *granules++ = copies + i * row_bytes;
     std::memcpy(copies + i * row_bytes, row(first + i), row_bytes);
@@ -77,7 +77,7 @@ int64_t attend_floats(int64_t head_dim) {
 
 // Bytes of a chunk's keys and values, if they have to be copied.
 int64_t copy_bytes(const CacheView& cache) {
-  return cache.block_size % kGranule == 0 ? 0 : 2 * kKeyChunk * cache.head_dim * cache_type_bytes(cache.type);
+  return cache.block_size % kGranule == 0 ? 0 : 2 * kKeyChunk * cache.row_bytes();
 }
 
 class Item {

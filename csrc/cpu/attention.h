@@ -15,17 +15,19 @@
 
 namespace inferneo {
 
-// One layer of the paged cache: k and v are [num_blocks, num_kv_heads, block_size, head_dim], dense within a block.
+// One layer of the paged cache: k and v are [num_blocks, num_kv_heads, block_size] rows, dense within a block.
 struct CacheView {
   std::byte* k;
   std::byte* v;
   CacheType type;
   int64_t num_blocks, num_kv_heads, block_size, head_dim;
-  int64_t block_stride;  // elements from block to block
+  int64_t block_stride;  // bytes from block to block
+
+  int64_t row_bytes() const { return cache_row_bytes(type, head_dim); }
 
   // Bytes from the start of k or v to a slot of one head.
   int64_t offset(int64_t block, int64_t head, int64_t place) const {
-    return (block * block_stride + (head * block_size + place) * head_dim) * cache_type_bytes(type);
+    return block * block_stride + (head * block_size + place) * row_bytes();
   }
 };
 

@@ -39,7 +39,8 @@ struct Granules {
 
   static constexpr int64_t kElements = 16 / sizeof(T);  // in sixteen bytes
   static constexpr int64_t kSize = sizeof(T);
-  INFERNEO_INLINE int64_t row_bytes() const { return head_dim * kSize; }
+  static constexpr bool kIsScaled = std::is_same_v<T, Code>;
+  INFERNEO_INLINE int64_t row_bytes() const { return head_dim * kSize + (kIsScaled ? kScaleBytes : 0); }
   INFERNEO_INLINE const char* row(int64_t i) const {
     return static_cast<const char*>(places[i / kGranule]) + i % kGranule * row_bytes();
   }
@@ -238,6 +239,26 @@ void softmax_row(float* scores, int64_t num_keys, int64_t num_columns, float& la
   std::fill(scores + end, scores + num_columns, 0.0f);
 }
 
+// Brings the scales of int8 rows into what came of their codes, or is to be multiplied with them: scores and weights
+// [num_rows, kKeyChunk]. Columns past the last key become 0, whatever lies there in the cache.
+template <class T>
+void apply_scales(const Granules<T>& granules, int64_t num_keys, int64_t num_rows, float* scores) {
+  if constexpr (Granules<T>::kIsScaled) {
+    float scales[kKeyChunk];
+    const int64_t end = num_granules(num_keys) * kGranule;
+    for (int64_t first = 0; first < end; first += kGranule) {
+      const char* const scale = granules.row(first) + granules.head_dim;
+#pragma GCC unroll 16
+      for (int64_t j = 0; j < kGranule; ++j) scales[first + j] = load_as<float>(scale + j * granules.row_bytes());
+    }
+    std::fill(scales + num_keys, scales + end, 0.0f);
+    for (int64_t r = 0; r < num_rows; ++r) {
+      float* const row = scores + r * kKeyChunk;
+      for (int64_t j = 0; j < end; j += kLanes) store(row + j, load(row + j) * load(scales + j));
+    }
+  }
+}
+
 template <class T>
 void attend(const AttentionTile& tile, const AttentionState& state, float* scratch) {
   const int64_t head_dim = tile.head_dim, granules = num_granules(tile.num_keys), num_columns = granules * kGranule;
@@ -254,6 +275,7 @@ void attend(const AttentionTile& tile, const AttentionState& state, float* scrat
     widen_keys<T>({keys.places + first / kGranule, head_dim}, count, wide);
     multiply(tile.queries, head_dim, wide, kKeyTile, tile.num_rows, head_dim, count, false, scores + first, kKeyChunk);
   }
+  apply_scales(keys, tile.num_keys, tile.num_rows, scores);
   for (int64_t r = 0; r < tile.num_rows; ++r) {
     if (tile.row_keys[r] > 0) {
       softmax_row(scores + r * kKeyChunk, tile.row_keys[r], num_columns, state.largest[r], state.sum[r]);
@@ -261,6 +283,7 @@ void attend(const AttentionTile& tile, const AttentionState& state, float* scrat
       std::fill_n(scores + r * kKeyChunk, num_columns, 0.0f);
     }
   }
+  apply_scales(values, tile.num_keys, tile.num_rows, scores);
   if (is_few && head_dim % kLanes == 0) {
     return with_constant<kRows>(tile.num_rows, [&](auto rows) {
       sum_values<T, rows>(scores, values, tile.num_keys, state.values, state.stride);

@@ -56,13 +56,13 @@ std::vector<float> attend(const Case& c, CacheType type, int lanes) {
   }
   std::vector<int32_t> tables(num_seqs * max_blocks);
   for (size_t i = 0; i < tables.size(); ++i) tables[i] = static_cast<int32_t>(tables.size() - 1 - i);
-  const int64_t block_elements = c.num_kv_heads * c.block_size * c.head_dim;
-  const int64_t bytes = num_seqs * max_blocks * block_elements * cache_type_bytes(type);
+  const int64_t row_bytes = cache_row_bytes(type, c.head_dim);
+  const int64_t block_bytes = c.num_kv_heads * c.block_size * row_bytes;
+  const int64_t bytes = num_seqs * max_blocks * block_bytes;
   const auto k = std::make_unique<std::byte[]>(bytes), v = std::make_unique<std::byte[]>(bytes);
   const RowKernels& kernels = row_kernels(cpu_isa());
   for (std::byte* side : {k.get(), v.get()}) {
     std::vector<float> row(c.head_dim);
-    const int64_t row_bytes = c.head_dim * cache_type_bytes(type);
     for (int64_t offset = 0; offset < bytes; offset += row_bytes) {
       for (float& x : row) x = normal(random);
       kernels.store[static_cast<int>(type)](row.data(), c.head_dim, side + offset);
@@ -72,7 +72,7 @@ std::vector<float> attend(const Case& c, CacheType type, int lanes) {
   for (float& x : q) x = normal(random);
 
   const CacheView cache{k.get(),        v.get(),      type,       num_seqs * max_blocks,
-                        c.num_kv_heads, c.block_size, c.head_dim, block_elements};
+                        c.num_kv_heads, c.block_size, c.head_dim, block_bytes};
   const SequenceViews sequences{starts.data(), c.seq_lens.data(), tables.data(), num_seqs, max_blocks};
   std::vector<float> parts(part_floats(sequences, c.num_heads, c.num_kv_heads, c.head_dim));
   std::atomic<int64_t> ticket{0};
@@ -97,7 +97,7 @@ int run() {
       {{1, 9}, {515, 70}, 4, 2, 40, 32},
   };
   for (const Case& c : cases) {
-    for (const CacheType type : {CacheType::kFP32, CacheType::kBF16, CacheType::kFP16}) {
+    for (const CacheType type : {CacheType::kFP32, CacheType::kBF16, CacheType::kFP16, CacheType::kInt8}) {
       expect(attend(c, type, 1) == attend(c, type, 3), "the bits do not depend on the lanes");
     }
   }

@@ -11,9 +11,16 @@
 
 namespace inferneo {
 
-enum class CacheType { kFP32, kBF16, kFP16 };
+enum class CacheType { kFP32, kBF16, kFP16, kInt8 };
+constexpr int kCacheTypes = 4;
 
-inline int64_t cache_type_bytes(CacheType type) { return type == CacheType::kFP32 ? 4 : 2; }
+constexpr int64_t kScaleBytes = 4;  // an int8 row is head_dim codes, then their scale in fp32
+
+// Bytes of a row of the cache: one token's key or value of one head.
+inline int64_t cache_row_bytes(CacheType type, int64_t head_dim) {
+  if (type == CacheType::kInt8) return head_dim + kScaleBytes;
+  return head_dim * (type == CacheType::kFP32 ? 4 : 2);
+}
 
 constexpr int64_t kKeyChunk = 256;  // keys under one softmax; partial results of chunks are merged in ascending order
 constexpr int64_t kKeyTile = 64;    // keys that are brought into fp32 at once, if there are many rows
@@ -46,7 +53,7 @@ struct AttentionState {
 
 struct RowKernels {
   // state = this chunk's part alone. scratch: attention_scratch(head_dim) floats, 64-byte aligned.
-  void (*attend[3])(const AttentionTile& tile, const AttentionState& state, float* scratch);
+  void (*attend[kCacheTypes])(const AttentionTile& tile, const AttentionState& state, float* scratch);
   // One row of a state takes in the part of a later chunk.
   void (*merge)(float& largest, float& sum, float* values, float part_largest, float part_sum, const float* part_values,
                 int64_t head_dim);
@@ -58,8 +65,8 @@ struct RowKernels {
   void (*rotate)(float* head, const float* cos_sin, int64_t head_dim);
   // gate = SiLU(gate) * up.
   void (*silu_mul)(float* gate, const float* up, int64_t count);
-  // fp32 into the cache's type, rounded to nearest even.
-  void (*store[3])(const float* x, int64_t count, void* out);
+  // fp32 into a row of the cache, rounded to nearest even.
+  void (*store[kCacheTypes])(const float* x, int64_t count, void* out);
 };
 
 inline int64_t attention_scratch(int64_t head_dim) {

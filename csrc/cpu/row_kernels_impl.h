@@ -67,7 +67,27 @@ void store_row(const float* x, int64_t count, void* out) {
   for (int64_t i = 0; i < count; ++i) from_float(x[i], row[i]);
 }
 
+// The largest magnitude becomes +-127. A row that is not finite gets a scale that is not, and so stays visible.
+template <>
+void store_row<Code>(const float* x, int64_t count, void* out) {
+  uint32_t most = 0;  // magnitudes compare as their bits do, NaN above all
+  for (int64_t i = 0; i < count; ++i) most = std::max(most, float_bits(x[i]) & 0x7fffffffu);
+  const float scale = bits_float(most) / 127.0f;
+  const bool is_usable = scale > 0.0f && scale < INFINITY;
+  Code* const row = static_cast<Code*>(out);
+  for (int64_t i = 0; i < count; ++i) {
+    const float code = std::clamp(x[i] / scale, -127.0f, 127.0f);  // beyond 127 only where the scale is subnormal
+    row[i].value = static_cast<int8_t>(is_usable ? (code + kRoundToInt) - kRoundToInt : 0.0f);
+  }
+  std::memcpy(row + count, &scale, sizeof scale);
+}
+
 constexpr RowKernels kRowKernels{
-    {attend<float>, attend<BFloat16>, attend<Half>},          merge, scale, rms_norm, rotate, silu_mul,
-    {store_row<float>, store_row<BFloat16>, store_row<Half>},
+    {attend<float>, attend<BFloat16>, attend<Half>, attend<Code>},
+    merge,
+    scale,
+    rms_norm,
+    rotate,
+    silu_mul,
+    {store_row<float>, store_row<BFloat16>, store_row<Half>, store_row<Code>},
 };

@@ -11,6 +11,10 @@ struct Half {
   uint16_t bits;
 };
 
+struct Code {  // of an int8 row of the cache; what it stands for is value * the row's scale
+  int8_t value;
+};
+
 INFERNEO_INLINE uint16_t float_to_half(float x) {
   const uint32_t sign = float_bits(x) >> 16 & 0x8000u;
   const uint32_t magnitude = float_bits(x) & 0x7fffffffu;
@@ -30,6 +34,7 @@ INFERNEO_INLINE uint16_t float_to_bfloat16(float x) {
 
 using inferneo::to_float;
 INFERNEO_INLINE float to_float(Half x) { return half_float(x.bits); }
+INFERNEO_INLINE float to_float(Code x) { return x.value; }
 INFERNEO_INLINE void from_float(float x, float& out) { out = x; }
 INFERNEO_INLINE void from_float(float x, BFloat16& out) { out.bits = float_to_bfloat16(x); }
 INFERNEO_INLINE void from_float(float x, Half& out) { out.bits = float_to_half(x); }
@@ -53,6 +58,10 @@ INFERNEO_INLINE Vec load(const BFloat16* x) {
 INFERNEO_INLINE Vec load(const Half* x) {
   return _mm512_maskz_cvtph_ps(0xffff, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x)));
 }
+INFERNEO_INLINE Vec load(const Code* x) {
+  const __m128i codes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(x));
+  return _mm512_maskz_cvtepi32_ps(0xffff, _mm512_maskz_cvtepi8_epi32(0xffff, codes));
+}
 #elif INFERNEO_LANES == 8
 INFERNEO_INLINE Vec fma(Vec a, Vec b, Vec c) { return _mm256_fmadd_ps(a, b, c); }
 INFERNEO_INLINE Vec load(const BFloat16* x) {
@@ -61,6 +70,9 @@ INFERNEO_INLINE Vec load(const BFloat16* x) {
 }
 INFERNEO_INLINE Vec load(const Half* x) {
   return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(x)));
+}
+INFERNEO_INLINE Vec load(const Code* x) {
+  return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(x))));
 }
 #else
 INFERNEO_INLINE Vec fma(Vec a, Vec b, Vec c) {
@@ -73,6 +85,7 @@ INFERNEO_INLINE Vec load(const BFloat16* x) {
 INFERNEO_INLINE Vec load(const Half* x) {
   return Vec{half_float(x[0].bits), half_float(x[1].bits), half_float(x[2].bits), half_float(x[3].bits)};
 }
+INFERNEO_INLINE Vec load(const Code* x) { return Vec{to_float(x[0]), to_float(x[1]), to_float(x[2]), to_float(x[3])}; }
 #endif
 
 INFERNEO_INLINE Vec larger(Vec a, Vec b) { return a > b ? a : b; }
@@ -196,6 +209,9 @@ INFERNEO_INLINE Vec element(const Words (&words)[4], int64_t i) {
     return reinterpret_cast<Vec>(words[i]);
   } else if constexpr (std::is_same_v<T, BFloat16>) {
     return reinterpret_cast<Vec>(i % 2 == 0 ? words[i / 2] << 16 : words[i / 2] & 0xffff0000u);
+  } else if constexpr (std::is_same_v<T, Code>) {
+    typedef int32_t Ints __attribute__((vector_size(4 * INFERNEO_LANES)));
+    return __builtin_convertvector(reinterpret_cast<Ints>(words[i / 4] << (24 - i % 4 * 8)) >> 24, Vec);
   } else {
     typedef uint16_t Halves __attribute__((vector_size(2 * INFERNEO_LANES)));
     const Halves halves = __builtin_convertvector(words[i / 2] >> (i % 2 * 16), Halves);

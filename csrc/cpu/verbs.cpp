@@ -38,9 +38,11 @@ CacheType cache_type(const Tensor& side) {
       return CacheType::kBF16;
     case ScalarType::Half:
       return CacheType::kFP16;
+    case ScalarType::Char:
+      return CacheType::kInt8;
     default:
       check(false, "the cache has dtype ", torch::headeronly::toString(side.scalar_type()),
-            "; it is Float, BFloat16 or Half");
+            "; it is Float, BFloat16, Half or Char (int8)");
       return CacheType::kFP32;
   }
 }
@@ -61,16 +63,20 @@ CacheView cache_view(Recording& recording, const Tensor& k, const Tensor& v) {
   check(recording.block_size == 0 || recording.block_size == block_size, "the tape's caches differ in block_size");
   recording.block_size = block_size;
   recording.num_blocks = std::min(recording.num_blocks, k.size(0));
+  const CacheType type = cache_type(k);
+  const int64_t head_dim = k.size(3) - (type == CacheType::kInt8 ? kScaleBytes : 0);
+  check(head_dim >= 1, "the cache's int8 rows have ", k.size(3), " bytes; they are head_dim codes and a scale of ",
+        kScaleBytes);
   recording.tensors.push_back(k);
   recording.tensors.push_back(v);
   return {static_cast<std::byte*>(k.mutable_data_ptr()),
           static_cast<std::byte*>(v.mutable_data_ptr()),
-          cache_type(k),
+          type,
           k.size(0),
           k.size(1),
           block_size,
-          k.size(3),
-          k.stride(0)};
+          head_dim,
+          k.stride(0) * static_cast<int64_t>(k.element_size())};
 }
 
 template <class N, class... Args>

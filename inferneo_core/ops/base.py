@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from inferneo_core.batch import AttentionMetadata, DecodeState, SampleOutput, SamplingBatch
+from inferneo_core.cache_rows import row_head_dim
 from inferneo_core.errors import ShapeError
 
 
@@ -88,7 +89,7 @@ class CacheLayer:
     """One layer of the paged cache.
 
     Attributes:
-        k: [num_blocks, num_kv_heads, block_size, head_dim], cache dtype.
+        k: [num_blocks, num_kv_heads, block_size, head_dim], cache dtype; an int8 row is 4 bytes longer (cache_rows).
         v: the same.
     """
 
@@ -105,7 +106,7 @@ class CacheLayer:
 
     @property
     def head_dim(self) -> int:
-        return self.k.shape[3]
+        return row_head_dim(self.k.shape[3], self.k.dtype)
 
 
 class ForwardOps(Protocol):

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from inferneo_core.batch import AttentionMetadata, SampleOutput, SamplingBatch
+from inferneo_core.cache_rows import from_rows, to_rows
 from inferneo_core.errors import ShapeError
 from inferneo_core.ops import torch_sampling
 from inferneo_core.ops.base import CacheLayer, Linear, Norm, Segment, check_shape
@@ -72,8 +73,8 @@ class TorchOps:
         q, k, v = qkv.split([num_heads, num_kv_heads, num_kv_heads], dim=1)  # [num_tokens, heads, head_dim] each
         cos_sin = rope[positions]  # [num_tokens, head_dim]
         blocks, offsets = slot_mapping // cache.block_size, slot_mapping % cache.block_size
-        cache.k[blocks, :, offsets] = rotate(k, cos_sin).to(cache.k.dtype)
-        cache.v[blocks, :, offsets] = v.to(cache.v.dtype)
+        cache.k[blocks, :, offsets] = to_rows(rotate(k, cos_sin), cache.k.dtype)
+        cache.v[blocks, :, offsets] = to_rows(v, cache.v.dtype)
         return rotate(q, cos_sin)
 
     def attention(self, q: Tensor, cache: CacheLayer, metadata: AttentionMetadata) -> Tensor:
@@ -152,8 +153,8 @@ def _dense(segment: Segment) -> Tensor:
 
 def _gather(side: Tensor, blocks: Tensor, seq_len: int) -> Tensor:
     """One sequence's keys or values as [num_kv_heads, seq_len, head_dim] fp32."""
-    pages = side[blocks].transpose(0, 1)  # [num_kv_heads, num_blocks, block_size, head_dim]
-    return pages.flatten(1, 2)[:, :seq_len].float()
+    pages = side[blocks].transpose(0, 1)  # [num_kv_heads, num_blocks, block_size, row_elements]
+    return from_rows(pages.flatten(1, 2)[:, :seq_len])
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, first_position: int) -> Tensor:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from inferneo_core.batch import AttentionMetadata
+from inferneo_core.cache_rows import to_rows
 from inferneo_core.errors import BackendUnavailable, ShapeError
 from inferneo_core.ops.base import CacheLayer
 from inferneo_core.ops.cpu_ops import CpuOps
@@ -42,9 +43,8 @@ class Sequences:
         self.lens = lens
         self.tables = order.view(len(lens), max_blocks).int()
         shape = (max_blocks * len(lens), num_kv_heads, block_size, head_dim)
-        self.cache = CacheLayer(
-            torch.randn(shape, generator=generator).to(dtype), torch.randn(shape, generator=generator).to(dtype)
-        )
+        k, v = (torch.randn(shape, generator=generator) for _ in range(2))
+        self.cache = CacheLayer(to_rows(k, dtype), to_rows(v, dtype))
         self.q = [torch.randn(query_len, num_heads, head_dim, generator=generator) * 2 for query_len, _ in lens]
 
     def step(self, *parts: tuple[int, int, int]) -> tuple[Tensor, AttentionMetadata]:
@@ -59,7 +59,7 @@ class Sequences:
         return self.step(*((seq, 0, query_len) for seq, (query_len, _) in enumerate(self.lens)))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.int8])
 @pytest.mark.parametrize(
     ("num_heads", "num_kv_heads", "head_dim", "block_size"),
     [(9, 3, 64, 16), (6, 2, 14, 4), (4, 4, 80, 5), (7, 1, 16, 16), (8, 2, 128, 32), (50, 1, 8, 1)],
@@ -74,15 +74,21 @@ def test_attention_matches_the_reference(
     torch.testing.assert_close(cpu.attention(q, sequences.cache, metadata).double(), expected, rtol=1e-4, atol=5e-6)
 
 
-def test_attention_reads_no_slot_that_was_never_written(cpu: CpuOps) -> None:
-    sequences = Sequences(((1, 19), (5, 5)), 6, 2, 64, 16)
+def unwritten(dtype: torch.dtype) -> float:
+    """What would make itself felt if it were read; an int8 row of it has a scale that is NaN."""
+    return -1 if dtype == torch.int8 else float("nan")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int8])
+def test_attention_reads_no_slot_that_was_never_written(cpu: CpuOps, dtype: torch.dtype) -> None:
+    sequences = Sequences(((1, 19), (5, 5)), 6, 2, 64, 16, dtype)
     q, metadata = sequences.whole()
     expected = cpu.attention(q, sequences.cache, metadata)
     for seq, (_, seq_len) in enumerate(sequences.lens):
         last = sequences.tables[seq, (seq_len - 1) // 16]
         for side in (sequences.cache.k, sequences.cache.v):
-            side[last, :, seq_len % 16 :] = float("nan")
-            side[sequences.tables[seq, (seq_len - 1) // 16 + 1 :]] = float("nan")
+            side[last, :, seq_len % 16 :] = unwritten(dtype)
+            side[sequences.tables[seq, (seq_len - 1) // 16 + 1 :]] = unwritten(dtype)
     assert torch.equal(cpu.attention(q, sequences.cache, metadata), expected)
 
 
@@ -90,7 +96,7 @@ def pieces(query_len: int, size: int) -> list[tuple[int, int]]:
     return [(begin, min(begin + size, query_len)) for begin in range(0, query_len, size)]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8])
 @pytest.mark.parametrize("size", [1, 7, 16, 64])
 def test_attention_gives_the_same_bits_for_any_chunks(cpu: CpuOps, size: int, dtype: torch.dtype) -> None:
     sequences = Sequences(((70, 600), (1, 520)), 9, 3, 64, 16, dtype)
@@ -105,25 +111,27 @@ def _with_cache(sequences: Sequences, *parts: tuple[int, int, int]) -> tuple[Ten
     return q, sequences.cache, metadata
 
 
-def test_attention_gives_the_same_bits_for_any_batch(cpu: CpuOps) -> None:
-    sequences = Sequences(RAGGED, 9, 3, 64, 16, torch.bfloat16)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.int8])
+def test_attention_gives_the_same_bits_for_any_batch(cpu: CpuOps, dtype: torch.dtype) -> None:
+    sequences = Sequences(RAGGED, 9, 3, 64, 16, dtype)
     q, metadata = sequences.whole()
     together = cpu.attention(q, sequences.cache, metadata).split([query_len for query_len, _ in RAGGED])
     for seq, (query_len, _) in enumerate(RAGGED):
         assert torch.equal(cpu.attention(*_with_cache(sequences, (seq, 0, query_len))), together[seq])
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.int8])
 @pytest.mark.parametrize("block_size", [1, 5, 24, 64])
-def test_attention_gives_the_same_bits_for_any_block_size(cpu: CpuOps, block_size: int) -> None:
+def test_attention_gives_the_same_bits_for_any_block_size(cpu: CpuOps, block_size: int, dtype: torch.dtype) -> None:
     """Blocks of whole granules of 16 tokens are read in place, others are put together first."""
-    sequences = Sequences(((1, 300), (70, 300)), 6, 2, 64, 16, torch.bfloat16)
+    sequences = Sequences(((1, 300), (70, 300)), 6, 2, 64, 16, dtype)
     q, metadata = sequences.whole()
     expected = cpu.attention(q, sequences.cache, metadata)
     max_blocks = -(-304 // block_size)
     sides = []
     for side in (sequences.cache.k, sequences.cache.v):
         rows = side[sequences.tables].transpose(2, 3).flatten(1, 2)[:, :300]  # [num_seqs, seq_len, num_kv_heads, dim]
-        room = rows.new_full((2, max_blocks * block_size, *rows.shape[2:]), float("nan"))
+        room = rows.new_full((2, max_blocks * block_size, *rows.shape[2:]), unwritten(dtype))
         room[:, :300] = rows
         sides.append(
             room.view(2 * max_blocks, block_size, *rows.shape[2:])
@@ -135,8 +143,11 @@ def test_attention_gives_the_same_bits_for_any_block_size(cpu: CpuOps, block_siz
 
 
 @pytest.mark.parametrize("num_threads", [1, 3, 5])
-def test_attention_gives_the_same_bits_for_any_number_of_threads(cpu: CpuOps, num_threads: int) -> None:
-    sequences = Sequences(RAGGED, 6, 2, 14, 4)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int8])
+def test_attention_gives_the_same_bits_for_any_number_of_threads(
+    cpu: CpuOps, num_threads: int, dtype: torch.dtype
+) -> None:
+    sequences = Sequences(RAGGED, 6, 2, 14, 4, dtype)
     q, metadata = sequences.whole()
     expected = cpu.attention(q, sequences.cache, metadata)
     assert torch.equal(CpuOps(num_threads).attention(q, sequences.cache, metadata), expected)

@@ -152,6 +152,7 @@ def test_tape_refuses_a_cache_it_cannot_read() -> None:
     for k, v, message in (
         (torch.zeros(2, 1, 4, 8).int(), torch.zeros(2, 1, 4, 8).int(), "the cache has dtype Int"),
         (torch.zeros(2, 1, 4, 8), torch.zeros(2, 1, 4, 8).half(), "of one dtype"),
+        (torch.zeros(2, 1, 4, 4).char(), torch.zeros(2, 1, 4, 4).char(), "int8 rows have 4 bytes"),
         (torch.zeros(2, 1, 4, 8), torch.zeros(3, 1, 4, 8), "differ in dimension 0"),
         (torch.zeros(2, 1, 8, 8)[:, :, ::2], torch.zeros(2, 1, 8, 8)[:, :, ::2], "contiguous"),
     ):

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from inferneo_core.batch import AttentionMetadata
+from inferneo_core.cache_rows import row_elements, to_rows
 from inferneo_core.errors import BackendUnavailable
 from inferneo_core.ops.base import CacheLayer, Linear, Norm, Segment
 from inferneo_core.ops.cpu_ops import CpuOps
@@ -33,9 +34,10 @@ def gate_up_silu(ops: CpuOps) -> Tensor:
     return ops.gate_up_silu(random(3, 200), Norm(random(200), EPS), dense(ops, 2 * 37, 200))
 
 
-def qkv_rope_store(ops: CpuOps) -> Tensor:
+def qkv_rope_store(ops: CpuOps, dtype: torch.dtype) -> Tensor:
     head_dim, positions = 14, torch.tensor([0, 7, 3])
-    cache = CacheLayer(torch.zeros(2, 2, 4, head_dim).half(), torch.zeros(2, 2, 4, head_dim).half())
+    shape = (2, 2, 4, row_elements(head_dim, dtype))
+    cache = CacheLayer(torch.zeros(shape, dtype=dtype), torch.zeros(shape, dtype=dtype))
     angles = torch.arange(10)[:, None] * 0.3 ** torch.arange(head_dim // 2)
     rope = torch.cat([angles.cos(), angles.sin()], dim=1)
     weight = dense(ops, 8 * head_dim, 64)
@@ -46,9 +48,8 @@ def qkv_rope_store(ops: CpuOps) -> Tensor:
 def attention(ops: CpuOps, head_dim: int, dtype: torch.dtype) -> Tensor:
     max_blocks = 44
     tables = torch.arange(len(LENS) * max_blocks).flip(0).view(len(LENS), max_blocks).int()
-    cache = CacheLayer(
-        random(tables.numel(), 2, 16, head_dim).to(dtype), random(tables.numel(), 2, 16, head_dim).to(dtype)
-    )
+    side = to_rows(random(tables.numel(), 2, 16, head_dim), dtype)
+    cache = CacheLayer(side, side.clone())
     query_lens, seq_lens = torch.tensor(LENS).int().unbind(1)
     starts = torch.cat([torch.zeros(1), query_lens.cumsum(0)]).int()
     metadata = AttentionMetadata(starts, seq_lens.contiguous(), tables, 40, 700)
@@ -58,10 +59,13 @@ def attention(ops: CpuOps, head_dim: int, dtype: torch.dtype) -> Tensor:
 CASES: dict[str, Callable[[CpuOps], Tensor]] = {
     "norm": norm_and_project,
     "gate_up_silu": gate_up_silu,
-    "qkv_rope_store": qkv_rope_store,
+    "qkv_rope_store_fp16": lambda ops: qkv_rope_store(ops, torch.float16),
+    "qkv_rope_store_int8": lambda ops: qkv_rope_store(ops, torch.int8),
     "attention_bf16": lambda ops: attention(ops, 64, torch.bfloat16),
     "attention_fp16": lambda ops: attention(ops, 20, torch.float16),
     "attention_fp32": lambda ops: attention(ops, 48, torch.float32),
+    "attention_int8": lambda ops: attention(ops, 64, torch.int8),
+    "attention_int8_odd": lambda ops: attention(ops, 22, torch.int8),
 }
 
 
