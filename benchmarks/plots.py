@@ -43,11 +43,12 @@ def roofline(ceilings: Ceilings, measurements: Sequence[Measurement]) -> bytes:
         fontsize=9,
         color="0.25",
     )
-    labelled: set[tuple[str, str]] = set()
+    labelled: set[str] = set()
     for x, y, one in points:
         backend = one.name.partition("[")[2].partition("-")[0]
-        label = f"{one.group}, {backend}" if (one.group, backend) not in labelled else None
-        labelled.add((one.group, backend))
+        kind = f"{one.group}, {backend}" if backend in MARKERS else one.group  # not every benchmark names a backend
+        label = kind if kind not in labelled else None
+        labelled.add(kind)
         axes.plot(
             x, y, MARKERS.get(backend, "s"), color=COLOURS.get(one.group, "0.5"), markersize=7, alpha=0.85, label=label
         )
