@@ -150,3 +150,20 @@ def texts() -> Callable[..., list[str]]:
         return [part for part in parts if part is not None]
 
     return make
+
+
+@pytest.fixture
+def hostile(live_server: Callable[..., Any]) -> Iterator[Callable[..., Any]]:
+    """hostile(**settings) starts a server, which must serve as ever when the test is over."""
+    servers: list[Any] = []
+
+    def start(**arguments: Any) -> Any:
+        servers.append(live_server(**arguments))
+        return servers[-1]
+
+    yield start
+    request = {"model": "tiny", "prompt": "Hello", "max_tokens": 4, "ignore_eos": True}
+    for server in servers:
+        with server.client() as client:
+            assert client.post("/v1/completions", json=request).json()["usage"]["completion_tokens"] == 4
+        server.wait_until_idle()

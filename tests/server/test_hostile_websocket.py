@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -14,22 +14,6 @@ CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 REQUEST: dict[str, Any] = {"model": "tiny", "prompt": "Hello", "max_tokens": 4, "ignore_eos": True, "seed": 1}
 MAX_READ_BYTES = 2**18  # what one turn of the event loop takes from a socket
 TEXT, PING = 1, 9
-
-
-@pytest.fixture
-def hostile(live_server: Callable[..., Any]) -> Iterator[Callable[..., Any]]:
-    """hostile(**settings) starts a server, which must serve as ever when the test is over."""
-    servers: list[Any] = []
-
-    def start(**arguments: Any) -> Any:
-        servers.append(live_server(**arguments))
-        return servers[-1]
-
-    yield start
-    for server in servers:
-        with server.client() as client:
-            assert client.post(COMPLETIONS, json=REQUEST).json()["usage"]["completion_tokens"] == 4
-        server.wait_until_idle()
 
 
 @pytest.fixture
