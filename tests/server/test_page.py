@@ -121,11 +121,17 @@ def ask(page: Any, text: str) -> None:
 
 def test_answer_is_the_servers_own_with_as_many_tokens(page, live):
     page.click("#open-settings")
-    page.press("Tab")  # from the system prompt to the temperature
-    page.press("Home")
+    page.wait_for("document.activeElement.id === 'system'")
     page.press("Tab")
+    page.wait_for("document.activeElement.id === 'temperature'")
+    page.press("Home")
+    page.wait_for("document.querySelector('#temperature').value === '0'")
+    page.press("Tab")
+    page.wait_for("document.activeElement.id === 'max-tokens'")
     page.type("40")
+    page.wait_for("document.querySelector('#max-tokens').value === '40'")
     page.press("Enter")
+    page.wait_for(f"{KEPT}?.temperature === 0 && {KEPT}.maxTokens === 40")
     page.click("#prompt")
     ask(page, QUESTION)
     note = page.wait_for(DONE)
