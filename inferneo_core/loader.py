@@ -30,7 +30,7 @@ def load_llama(checkpoint: Checkpoint, config: ModelConfig, ops: Ops, max_model_
     """
     _check_tensors(checkpoint, config)
     load = _Loader(checkpoint, config, ops)
-    embed = load.linear("model.embed_tokens", bias=False)
+    embed = load.linear("model.embed_tokens", bias=False, keeps_rows=True)
     layers = range(config.num_layers)
     bar = tqdm(layers, desc="Loading", unit="layer", leave=False, disable=not sys.stderr.isatty())
     return Llama(
@@ -63,10 +63,10 @@ class _Loader:
             down=self.linear(f"{prefix}.mlp.down_proj", bias=mlp),
         )
 
-    def linear(self, *names: str, bias: bool) -> Linear:
+    def linear(self, *names: str, bias: bool, keeps_rows: bool = False) -> Linear:
         """The product of the named weights stacked, prepared."""
         parts = [self._part(name, bias) for name in names]
-        linear = self.ops.prepare(Linear.stack(parts))
+        linear = self.ops.prepare(Linear.stack(parts), keeps_rows=keeps_rows)
         for name in names:
             self.checkpoint.release(f"{name}.weight")
         return linear

@@ -166,8 +166,8 @@ class ObservedOps:
         self.dtype = ops.dtype
         self.device = ops.device
 
-    def prepare(self, linear: Linear) -> Linear:
-        return self._ops.prepare(linear)
+    def prepare(self, linear: Linear, *, keeps_rows: bool = False) -> Linear:
+        return self._ops.prepare(linear, keeps_rows=keeps_rows)
 
     def embed(self, ids: Tensor, w: Linear) -> Tensor:
         with self._around("embed"):

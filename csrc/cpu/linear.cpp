@@ -12,9 +12,33 @@ namespace {
 
 int64_t num_quads(int64_t rows) { return (rows + kQuad - 1) / kQuad; }
 
-int64_t quantized_bytes(const PackedLinear& linear, int64_t rows) {
-  if (!linear.has_quantised) return 0;
-  return num_quads(rows) * (linear.in_features / kBlockColumns) * static_cast<int64_t>(sizeof(QuantizedBlock));
+// Where the forms of the activations lie, one behind the other; those that no segment reads take nothing.
+struct Forms {
+  int64_t pairs, units, floats, end;  // QuantizedBlocks come first
+};
+
+Forms forms(const PackedLinear& linear, int64_t rows) {
+  const int64_t quads = num_quads(rows), columns = linear.in_features;
+  Forms at{};
+  if (linear.has_blocks) at.pairs = quads * blocks_in(columns) * int64_t{sizeof(QuantizedBlock)};
+  at.units = at.floats = at.pairs;
+  if (linear.has_pairs) {
+    at.units += quads * pairs_in(columns) * int64_t{sizeof(PairBlock)};
+    at.floats = round_up(at.units + quads * kQuad * int64_t{sizeof(float)}, 64);
+  }
+  at.end = at.floats;
+  if (linear.has_dense) at.end += quads * round_up(columns, 2) * kQuad * int64_t{sizeof(float)};
+  return at;
+}
+
+template <class T>
+T* place(void* prepared, int64_t offset) {
+  return reinterpret_cast<T*>(static_cast<std::byte*>(prepared) + offset);
+}
+
+template <class T>
+const T* place(const void* prepared, int64_t offset) {
+  return reinterpret_cast<const T*>(static_cast<const std::byte*>(prepared) + offset);
 }
 
 // fp32 [quads, columns rounded up to 2, kQuad], what is missing filled with zeros.
@@ -42,24 +66,22 @@ const LinearKernels& linear_kernels(Isa isa) {
   return kScalarLinear;
 }
 
-int64_t prepared_bytes(const PackedLinear& linear, int64_t rows) {
-  const int64_t floats = linear.has_dense ? num_quads(rows) * round_up(linear.in_features, 2) * kQuad : 0;
-  return quantized_bytes(linear, rows) + floats * static_cast<int64_t>(sizeof(float));
-}
+int64_t prepared_bytes(const PackedLinear& linear, int64_t rows) { return forms(linear, rows).end; }
 
 void prepare_rows(const LinearKernels& kernels, const PackedLinear& linear, const float* x, int64_t rows, void* out,
                   Lane lane) {
-  if (linear.has_quantised) {
-    kernels.quantize(x, rows, linear.in_features, static_cast<QuantizedBlock*>(out), lane);
+  const Forms at = forms(linear, rows);
+  const int64_t columns = linear.in_features;
+  if (linear.has_blocks) kernels.quantize(x, rows, columns, place<QuantizedBlock>(out, 0), lane);
+  if (linear.has_pairs) {
+    kernels.quantize_pairs(x, rows, columns, place<PairBlock>(out, at.pairs), place<float>(out, at.units), lane);
   }
-  if (linear.has_dense) {
-    auto* floats = reinterpret_cast<float*>(static_cast<std::byte*>(out) + quantized_bytes(linear, rows));
-    interleave(x, rows, linear.in_features, floats, lane);
-  }
+  if (linear.has_dense) interleave(x, rows, columns, place<float>(out, at.floats), lane);
 }
 
 void linear_rows(const LinearKernels& kernels, const PackedLinear& linear, const void* prepared, int64_t num_tokens,
                  int64_t row_begin, int64_t row_end, float* out, int64_t stride, const float* residual) {
+  const Forms at = forms(linear, num_tokens);
   for (int64_t i = 0; i < linear.num_segments; ++i) {
     const PackedSegment& segment = linear.segments[i];
     const int64_t first = segment.row_begin;
@@ -70,10 +92,13 @@ void linear_rows(const LinearKernels& kernels, const PackedLinear& linear, const
     task.groups = reinterpret_cast<const uint8_t*>(linear.at(segment.offset));
     task.columns = linear.in_features;
     if (is_dense(segment.format)) {
-      const auto* bytes = static_cast<const std::byte*>(prepared) + quantized_bytes(linear, num_tokens);
-      task.floats = reinterpret_cast<const float*>(bytes);
+      task.floats = place<float>(prepared, at.floats);
+    } else if (is_paired(segment.format)) {
+      task.steps = reinterpret_cast<const uint8_t*>(linear.at(segment.steps_offset));
+      task.pairs = place<PairBlock>(prepared, at.pairs);
+      task.units = place<float>(prepared, at.units);
     } else {
-      task.quantized = static_cast<const QuantizedBlock*>(prepared);
+      task.quantized = place<QuantizedBlock>(prepared, 0);
     }
     task.num_tokens = num_tokens;
     task.bias = linear.bias() == nullptr ? nullptr : linear.bias() + first;

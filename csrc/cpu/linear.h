@@ -21,6 +21,9 @@ constexpr int kQuad = 4;  // tokens that lie together in prepared activations
 // compute the rows of the group in vain.
 constexpr int64_t row_granule = kGroupRows;
 
+constexpr int64_t blocks_in(int64_t columns) { return columns / kBlockColumns; }
+constexpr int64_t pairs_in(int64_t columns) { return (blocks_in(columns) + 1) / 2; }
+
 // One block of four tokens.
 struct alignas(64) QuantizedBlock {
   float scale[kQuad];
@@ -30,11 +33,22 @@ struct alignas(64) QuantizedBlock {
   int8_t codes[kQuad][kBlockColumns];
 };
 
+// Two blocks of four tokens, for formats in pairs of blocks: linear_pairs.h. What has two halves has the first block's
+// in the upper 16 bits.
+struct alignas(64) PairBlock {
+  int8_t codes[2][kQuad][kBlockColumns];
+  int32_t start[2][kQuad];  // where the integer sums of the blocks begin
+  int32_t scale[kQuad];     // in the token's unit
+  int32_t sum[kQuad];       // scale * the sum of the codes / 2**15
+};
+
 struct RowsTask;
 
 // The kernels of one instruction set; chosen once, then passed along.
 struct LinearKernels {
   void (*quantize)(const float* x, int64_t rows, int64_t columns, QuantizedBlock* out, Lane lane);
+  // units: [quads, kQuad]
+  void (*quantize_pairs)(const float* x, int64_t rows, int64_t columns, PairBlock* out, float* units, Lane lane);
   void (*rows[kNumFormats])(const RowsTask& task);
 };
 

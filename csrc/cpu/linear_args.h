@@ -18,4 +18,10 @@ inline const PackedLinear& packed_linear_of(const Tensor& packed) {
   return *linear;
 }
 
+// That unpack_rows can give the weight's rows.
+inline void check_keeps_rows(const PackedLinear& linear) {
+  check(linear.keeps_rows,
+        "this weight was prepared for products only; prepare(linear, keeps_rows=True) keeps its rows");
+}
+
 }  // namespace inferneo

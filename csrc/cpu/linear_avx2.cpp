@@ -17,6 +17,7 @@ namespace {
 struct Avx2 {
   static constexpr int kRows = 8;
   static constexpr int kTokens = 4;  // 16 registers: 4 tokens' integers and floats, and as much again at hand
+  static constexpr int kPairTokens = 4;
   static constexpr bool kSignedBytes = true;
   using Floats = __m256;
   using Ints = __m256i;
@@ -45,7 +46,19 @@ struct Avx2 {
   INFERNEO_INLINE static Ints sub(Ints a, Ints b) { return _mm256_sub_epi32(a, b); }
   INFERNEO_INLINE static Floats mul(Floats a, Floats b) { return _mm256_mul_ps(a, b); }
   INFERNEO_INLINE static Floats fma(Floats a, Floats b, Floats c) { return _mm256_fmadd_ps(a, b, c); }
+  INFERNEO_INLINE static Floats bf16(const uint8_t* p) {
+    return _mm256_castsi256_ps(
+        _mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))), 16));
+  }
+  INFERNEO_INLINE static Ints add(Ints a, Ints b) { return _mm256_add_epi32(a, b); }
   INFERNEO_INLINE static Floats to_floats(Ints x) { return _mm256_cvtepi32_ps(x); }
+  // Words of 16 bits, two to an int32.
+  INFERNEO_INLINE static Ints flip_low_sign(Ints x) { return _mm256_xor_si256(x, _mm256_set1_epi32(0x8000)); }
+  INFERNEO_INLINE static Ints scale_words(Ints a, Ints b) { return _mm256_mulhrs_epi16(a, b); }
+  INFERNEO_INLINE static Ints dot_words(Ints a, Ints b) { return _mm256_madd_epi16(a, b); }
+  INFERNEO_INLINE static Ints add_dot_words(Ints sum, Ints a, Ints b) {
+    return _mm256_add_epi32(sum, _mm256_madd_epi16(a, b));
+  }
   template <int kBits>
   INFERNEO_INLINE static Ints shift_left(Ints x) {
     return _mm256_slli_epi32(x, kBits);

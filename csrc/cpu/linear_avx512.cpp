@@ -21,6 +21,7 @@ namespace {
 struct Avx512 {
   static constexpr int kRows = 16;
   static constexpr int kTokens = 12;  // 32 registers: 12 tokens' integers and floats, and 8 at hand
+  static constexpr int kPairTokens = 8;
   static constexpr bool kSignedBytes = false;
   using Floats = __m512;
   using Ints = __m512i;
@@ -49,7 +50,17 @@ struct Avx512 {
   INFERNEO_INLINE static Ints sub(Ints a, Ints b) { return _mm512_sub_epi32(a, b); }
   INFERNEO_INLINE static Floats mul(Floats a, Floats b) { return _mm512_mul_ps(a, b); }
   INFERNEO_INLINE static Floats fma(Floats a, Floats b, Floats c) { return _mm512_fmadd_ps(a, b, c); }
+  INFERNEO_INLINE static Floats bf16(const uint8_t* p) {
+    return _mm512_castsi512_ps(
+        _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))), 16));
+  }
+  INFERNEO_INLINE static Ints add(Ints a, Ints b) { return _mm512_add_epi32(a, b); }
   INFERNEO_INLINE static Floats to_floats(Ints x) { return _mm512_cvtepi32_ps(x); }
+  // Words of 16 bits, two to an int32.
+  INFERNEO_INLINE static Ints flip_low_sign(Ints x) { return _mm512_xor_si512(x, _mm512_set1_epi32(0x8000)); }
+  INFERNEO_INLINE static Ints scale_words(Ints a, Ints b) { return _mm512_mulhrs_epi16(a, b); }
+  INFERNEO_INLINE static Ints dot_words(Ints a, Ints b) { return _mm512_madd_epi16(a, b); }
+  INFERNEO_INLINE static Ints add_dot_words(Ints sum, Ints a, Ints b) { return _mm512_dpwssd_epi32(sum, a, b); }
   template <int kBits>
   INFERNEO_INLINE static Ints shift_left(Ints x) {
     return _mm512_slli_epi32(x, kBits);

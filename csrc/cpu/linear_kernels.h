@@ -2,40 +2,79 @@
 // compiles for its instructions, after defining the vector class V:
 //
 //   V::kRows                    rows of a group that one vector holds
-//   V::kTokens                  the most tokens that a tile keeps in registers; a multiple of kQuad
+//   V::kTokens, V::kPairTokens  the most tokens that a tile keeps in registers; multiples of kQuad
 //   V::kSignedBytes             dot_bytes takes the codes of 8 bits as signed; otherwise as unsigned
 //   V::Floats, V::Ints          kRows floats, kRows int32 (or 4 * kRows code bytes)
 //
-// Everything is fused multiply-adds in one order, so that every V gives the same bits.
+// Everything is integers, or fp32 sums and fused multiply-adds in one order, so that every V gives the same bits.
 #include "linear_task.h"
 
 namespace inferneo {
 namespace {
 
-// The loops over 32 columns have no branches, so that they vectorise; adding 1.5 * 2**23 rounds to nearest even.
+constexpr uint32_t kSmallest = 0x0da24260;  // 1e-30f: what is smaller counts as 0, for its inverse could overflow
+
+struct Codes {
+  uint32_t largest;   // magnitude in the block, by its bits, so that a NaN is the largest of all and spoils the block
+  int32_t head, sum;  // of the first 16 codes, and of all
+};
+
+// Codes of 32 columns in steps of largest / 127. The loops have no branches, so that they vectorise; adding
+// 1.5 * 2**23 rounds to nearest even.
 template <class V>
-INFERNEO_INLINE void quantize_block(const float* x, QuantizedBlock& out, int token) {
+INFERNEO_INLINE Codes quantize_codes(const float* x, int8_t* codes) {
   constexpr float kRound = 12582912.0f;
-  constexpr uint32_t kSmallest = 0x0da24260;  // 1e-30f: below it, 127 / largest could overflow
-  uint32_t largest = 0;  // by bits, so that a NaN is the largest of all and spoils the block visibly
+  uint32_t largest = 0;
   for (int i = 0; i < kBlockColumns; ++i) {
     const uint32_t bits = float_bits(x[i]) & 0x7fffffffu;
     largest = bits > largest ? bits : largest;
   }
-  const bool is_zero = largest < kSmallest;
-  const float scale = is_zero ? 0.0f : bits_float(largest) / 127.0f;
-  const float inverse = is_zero ? 0.0f : 127.0f / bits_float(largest);
-  int8_t* const codes = out.codes[token];
+  if (largest < kSmallest) largest = 0;
+  const float inverse = largest == 0 ? 0.0f : 127.0f / bits_float(largest);
   for (int i = 0; i < kBlockColumns; ++i) {
     codes[i] = static_cast<int8_t>(float_bits(x[i] * inverse + kRound) - float_bits(kRound));
   }
   const int32_t head = V::sum_of_16(codes);
-  const int32_t sum = head + V::sum_of_16(codes + 16);
-  out.scale[token] = scale;
-  out.sum[token] = scale * static_cast<float>(sum);
-  out.negative_sum[token] = -sum;
-  out.negative_head[token] = -head;
+  return {largest, head, head + V::sum_of_16(codes + 16)};
 }
+
+template <class V>
+INFERNEO_INLINE void quantize_block(const float* x, QuantizedBlock& out, int token) {
+  const Codes made = quantize_codes<V>(x, out.codes[token]);
+  const float scale = bits_float(made.largest) / 127.0f;
+  out.scale[token] = scale;
+  out.sum[token] = scale * static_cast<float>(made.sum);
+  out.negative_sum[token] = -made.sum;
+  out.negative_head[token] = -made.head;
+}
+
+// The codes of columns 4 * j to 4 * j + 3 (below 8 bits).
+template <class V, Format F>
+INFERNEO_INLINE typename V::Ints with_high_bits(typename V::Ints codes, const uint8_t* block_codes, int j, int first) {
+  constexpr int kBits = traits(F).bits;
+  if constexpr (kBits >= 5)
+    codes = V::template add_where<16>(codes, load_as<uint64_t>(block_codes + 256 + 8 * j) >> 4 * first);
+  if constexpr (kBits >= 6)
+    codes = V::template add_where<32>(codes, load_as<uint64_t>(block_codes + 320 + 8 * j) >> 4 * first);
+  return codes;
+}
+
+// The codes of a block below 8 bits, times activations: of the first 16 columns to head, of the last 16 to tail.
+// x(t): token t's.
+template <class V, Format F, int T, class Activations>
+INFERNEO_INLINE void add_nibbles(const uint8_t* codes, int first, Activations x, typename V::Ints (&head)[T],
+                                 typename V::Ints (&tail)[T]) {
+  INFERNEO_UNROLL
+  for (int j = 0; j < 4; ++j) {
+    const auto packed = V::load(codes + 4 * first + 64 * j);
+    const auto low = with_high_bits<V, F>(V::low_nibbles(packed), codes, j, first);
+    for (int t = 0; t < T; ++t) head[t] = V::dot(head[t], low, x(t) + 4 * j);
+    const auto high = with_high_bits<V, F>(V::high_nibbles(packed), codes, j + 4, first);
+    for (int t = 0; t < T; ++t) tail[t] = V::dot(tail[t], high, x(t) + 16 + 4 * j);
+  }
+}
+
+#include "linear_pairs.h"
 
 template <class V>
 void quantize(const float* x, int64_t rows, int64_t columns, QuantizedBlock* out, Lane lane) {
@@ -80,17 +119,6 @@ INFERNEO_INLINE Scales<V> block_scales(const uint8_t* unit, int nth, int first) 
   }
 }
 
-// The codes of columns 4 * j to 4 * j + 3 (below 8 bits).
-template <class V, Format F>
-INFERNEO_INLINE typename V::Ints with_high_bits(typename V::Ints codes, const uint8_t* block_codes, int j, int first) {
-  constexpr int kBits = traits(F).bits;
-  if constexpr (kBits >= 5)
-    codes = V::template add_where<16>(codes, load_as<uint64_t>(block_codes + 256 + 8 * j) >> 4 * first);
-  if constexpr (kBits >= 6)
-    codes = V::template add_where<32>(codes, load_as<uint64_t>(block_codes + 320 + 8 * j) >> 4 * first);
-  return codes;
-}
-
 // Block `nth` of a unit, V::kRows rows from row `first` on, added to the sums of T tokens.
 template <class V, Format F, int T>
 INFERNEO_INLINE void add_block(const uint8_t* unit, int nth, int first, const QuantizedBlock* acts, int64_t quad_step,
@@ -117,22 +145,18 @@ INFERNEO_INLINE void add_block(const uint8_t* unit, int nth, int first, const Qu
     }
   }
   const uint8_t* codes = unit + scale_bytes(F) + nth * code_bytes(F);
-  const uint8_t* vectors = codes + 4 * first;
   if constexpr (f.bits == 8) {
     INFERNEO_UNROLL
     for (int j = 0; j < 8; ++j) {
-      const auto vector = V::load(vectors + 64 * j);
+      const auto vector = V::load(codes + 4 * first + 64 * j);
       for (int t = 0; t < T; ++t) head[t] = V::dot_bytes(head[t], vector, &act(t).codes[t % kQuad][4 * j]);
     }
   } else {
-    auto* last = kHalves ? tail : head;  // the sums that the last 16 columns belong to
-    INFERNEO_UNROLL
-    for (int j = 0; j < 4; ++j) {
-      const auto packed = V::load(vectors + 64 * j);
-      const auto low = with_high_bits<V, F>(V::low_nibbles(packed), codes, j, first);
-      for (int t = 0; t < T; ++t) head[t] = V::dot(head[t], low, &act(t).codes[t % kQuad][4 * j]);
-      const auto high = with_high_bits<V, F>(V::high_nibbles(packed), codes, j + 4, first);
-      for (int t = 0; t < T; ++t) last[t] = V::dot(last[t], high, &act(t).codes[t % kQuad][16 + 4 * j]);
+    const auto x = [&](int t) { return act(t).codes[t % kQuad]; };
+    if constexpr (kHalves) {
+      add_nibbles<V, F>(codes, first, x, head, tail);
+    } else {
+      add_nibbles<V, F>(codes, first, x, head, head);
     }
   }
   const Scales<V> scales = block_scales<V, F>(unit, nth, first);
@@ -214,9 +238,10 @@ INFERNEO_INLINE void tile(const RowsTask& task, int64_t group, int first, int64_
   const uint8_t* bytes = task.groups + group * group_bytes(F, task.columns);
   if constexpr (is_dense(F)) {
     dense_tile<V, F, T>(bytes, task.columns, first, task.floats + token * round_up(task.columns, 2), sum);
+  } else if constexpr (is_paired(F)) {
+    paired_tile<V, F, T>(task, group, first, token, sum);
   } else {
-    const QuantizedBlock* quads = task.quantized + token / kQuad * (task.columns / kBlockColumns);
-    quantised_tile<V, F, T>(bytes, task.columns, first, quads, sum);
+    quantised_tile<V, F, T>(bytes, task.columns, first, task.quantized + token / kQuad * blocks_in(task.columns), sum);
   }
   for (int t = 0; t < T && token + t < task.num_tokens; ++t) {
     put_rows<V>(task, token + t, group * kGroupRows + first, sum[t]);
@@ -226,6 +251,7 @@ INFERNEO_INLINE void tile(const RowsTask& task, int64_t group, int first, int64_
 // A slab of tokens, whose activations stay in the cache while the weights pass by once.
 template <class V, Format F>
 INFERNEO_INLINE void slab(const RowsTask& task, int64_t begin, int64_t end) {
+  constexpr int kTokens = is_paired(F) ? V::kPairTokens : V::kTokens;
   for (int64_t group = task.row_begin / kGroupRows; group * kGroupRows < task.row_end; ++group) {
     for (int first = 0; first < kGroupRows; first += V::kRows) {
       if (task.num_tokens == 1) {
@@ -233,11 +259,11 @@ INFERNEO_INLINE void slab(const RowsTask& task, int64_t begin, int64_t end) {
         continue;
       }
       for (int64_t token = begin; token < end;) {
-        const int count = next_tile(end - token, V::kTokens);
-        if constexpr (V::kTokens >= 12) {
+        const int count = next_tile(end - token, kTokens);
+        if constexpr (kTokens >= 12) {
           if (count == 12) tile<V, F, 12>(task, group, first, token);
         }
-        if constexpr (V::kTokens >= 8) {
+        if constexpr (kTokens >= 8) {
           if (count == 8) tile<V, F, 8>(task, group, first, token);
         }
         if (count == 4) tile<V, F, 4>(task, group, first, token);
@@ -258,6 +284,7 @@ void rows(const RowsTask& task) {
 template <class V>
 constexpr LinearKernels kLinearKernels = {
     quantize<V>,
+    quantize_pairs<V>,
     {rows<V, Format::kQ4_0>, rows<V, Format::kQ4_1>, rows<V, Format::kQ5_0>, rows<V, Format::kQ5_1>,
      rows<V, Format::kQ8_0>, rows<V, Format::kQ4_K>, rows<V, Format::kQ5_K>, rows<V, Format::kQ6_K>,
      rows<V, Format::kBF16>, rows<V, Format::kFP16>, rows<V, Format::kFP32>}};

@@ -101,18 +101,19 @@ Source checked_source(const std::vector<Tensor>& data_list, const std::string& t
 }
 
 int64_t packed_bytes(const std::vector<Tensor>& data_list, const std::string& types,
-                     const std::vector<Tensor>& row_orders, int64_t in_features, bool has_bias) {
+                     const std::vector<Tensor>& row_orders, int64_t in_features, bool has_bias, bool keeps_rows) {
   const Source source = checked_source(data_list, types, row_orders, in_features);
   const auto num_segments = static_cast<int64_t>(source.segments.size());
-  return plan_linear(source.segments.data(), num_segments, in_features, has_bias).num_bytes;
+  return plan_linear(source.segments.data(), num_segments, in_features, has_bias, keeps_rows).num_bytes;
 }
 
 // Packs into `out`, uint8 [packed_bytes or more], 64-byte aligned.
 void pack_linear(const std::vector<Tensor>& data_list, const std::string& types, const std::vector<Tensor>& row_orders,
-                 int64_t in_features, const std::optional<Tensor>& bias, const Tensor& out) {
+                 int64_t in_features, const std::optional<Tensor>& bias, bool keeps_rows, const Tensor& out) {
   const Source source = checked_source(data_list, types, row_orders, in_features);
   const auto num_segments = static_cast<int64_t>(source.segments.size());
-  const PackedLinear plan = plan_linear(source.segments.data(), num_segments, in_features, bias.has_value());
+  const PackedLinear plan =
+      plan_linear(source.segments.data(), num_segments, in_features, bias.has_value(), keeps_rows);
   check(out.is_contiguous() && out.scalar_type() == ScalarType::Byte && out.numel() >= plan.num_bytes,
         "out must be contiguous uint8 of at least ", plan.num_bytes, " elements");
   auto* packed = mutable_data<std::byte>(out);
@@ -133,6 +134,7 @@ void pack_linear(const std::vector<Tensor>& data_list, const std::string& types,
 // fp32 [num_ids, in_features]: rows of a packed weight.
 Tensor packed_rows(const Tensor& packed, const Tensor& ids) {
   const PackedLinear& linear = packed_linear_of(packed);
+  check_keeps_rows(linear);
   const Tensor rows = checked("ids", ids, ScalarType::Long, {-1});
   const auto* row_ids = data<int64_t>(rows);
   for (int64_t i = 0; i < rows.size(0); ++i) {
@@ -172,10 +174,12 @@ Tensor packed_linear(const Tensor& x, const Tensor& packed, int64_t lanes) {
 
 STABLE_TORCH_LIBRARY_FRAGMENT(inferneo, m) {
   m.def("weight_memory(int num_bytes) -> Tensor");
-  m.def("packed_bytes(Tensor[] data, str types, Tensor[] row_orders, int in_features, bool has_bias) -> int");
   m.def(
-      "pack_linear(Tensor[] data, str types, Tensor[] row_orders, int in_features, Tensor? bias, Tensor(a!) out) -> "
-      "()");
+      "packed_bytes(Tensor[] data, str types, Tensor[] row_orders, int in_features, bool has_bias, bool keeps_rows) -> "
+      "int");
+  m.def(
+      "pack_linear(Tensor[] data, str types, Tensor[] row_orders, int in_features, Tensor? bias, bool keeps_rows, "
+      "Tensor(a!) out) -> ()");
   m.def("packed_rows(Tensor packed, Tensor ids) -> Tensor");
   m.def("packed_linear(Tensor x, Tensor packed, int lanes) -> Tensor");
 }

@@ -9,6 +9,7 @@ namespace {
 struct Scalar {
   static constexpr int kRows = 1;
   static constexpr int kTokens = 4;
+  static constexpr int kPairTokens = 4;
   static constexpr bool kSignedBytes = false;
   using Floats = float;
   using Ints = uint32_t;  // an int32 in two's complement, or four codes
@@ -29,6 +30,19 @@ struct Scalar {
   static Ints sub(Ints a, Ints b) { return a - b; }
   static Floats mul(Floats a, Floats b) { return a * b; }
   static Floats fma(Floats a, Floats b, Floats c) { return std::fma(a, b, c); }
+  static Floats bf16(const uint8_t* p) { return bits_float(uint32_t{load_as<uint16_t>(p)} << 16); }
+  static Ints add(Ints a, Ints b) { return a + b; }
+  // Words of 16 bits, two to an int32.
+  static Ints flip_low_sign(Ints x) { return x ^ 0x8000u; }
+  // a * b / 2**15, rounded.
+  static Ints scale_words(Ints a, Ints b) {
+    const auto scale = [](int32_t x, int32_t y) { return static_cast<uint32_t>((x * y + (1 << 14)) >> 15); };
+    return words(scale(high(a), high(b)), scale(low(a), low(b)));
+  }
+  static Ints dot_words(Ints a, Ints b) { return add_dot_words(0, a, b); }
+  static Ints add_dot_words(Ints sum, Ints a, Ints b) {
+    return sum + static_cast<Ints>(high(a) * high(b)) + static_cast<Ints>(low(a) * low(b));
+  }
   static Floats to_floats(Ints x) { return static_cast<float>(static_cast<int32_t>(x)); }
   template <int kBits>
   static Ints shift_left(Ints x) {
@@ -54,6 +68,11 @@ struct Scalar {
   }
   static void store(float* out, Floats x) { *out = x; }
   static void prefetch(const uint8_t*, int64_t) {}
+
+ private:
+  static int32_t high(Ints x) { return static_cast<int32_t>(x) >> 16; }
+  static int32_t low(Ints x) { return static_cast<int16_t>(x & 0xffffu); }
+  static Ints words(uint32_t high, uint32_t low) { return high << 16 | (low & 0xffffu); }
 };
 
 }  // namespace

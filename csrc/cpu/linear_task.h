@@ -18,9 +18,13 @@ constexpr int64_t kSlabBytes = int64_t{384} << 10;  // of activations: they shar
 // Rows [row_begin, row_end) of one segment, counted from the segment's first row.
 struct RowsTask {
   const uint8_t* groups;
+  const uint8_t* steps;  // bf16 [rows of the groups], of a format in pairs; else null
   int64_t columns;
-  const QuantizedBlock* quantized;  // [quads, blocks]; null for a dense segment
-  const float* floats;              // [quads, columns rounded up to 2, kQuad]; null for a quantised one
+  // The activations, in the form that the segment's format reads; the others are null.
+  const QuantizedBlock* quantized;  // [quads, blocks]
+  const PairBlock* pairs;           // [quads, pairs of blocks]
+  const float* units;               // of pairs: [quads, kQuad]
+  const float* floats;              // [quads, columns rounded up to 2, kQuad]
   int64_t num_tokens;
   int64_t row_begin, row_end;
   const float* bias;      // of the segment's rows, or null
@@ -33,6 +37,14 @@ INFERNEO_INLINE void clear_token(QuantizedBlock& block, int token) {
   block.scale[token] = block.sum[token] = 0.0f;
   block.negative_sum[token] = block.negative_head[token] = 0;
   for (int i = 0; i < kBlockColumns; ++i) block.codes[token][i] = 0;
+}
+
+INFERNEO_INLINE void clear_token(PairBlock& pair, int token) {
+  pair.scale[token] = pair.sum[token] = 0;
+  for (int half = 0; half < 2; ++half) {
+    pair.start[half][token] = 0;
+    for (int i = 0; i < kBlockColumns; ++i) pair.codes[half][token][i] = 0;
+  }
 }
 
 // Writes those of `count` rows from `row` on that the task asks for: the first and last groups of a share.
@@ -59,10 +71,10 @@ INFERNEO_INLINE int next_tile(int64_t left, int most) {
 
 // Tokens whose activations fill kSlabBytes: a multiple of 24, so that slabs fall apart into whole tiles.
 INFERNEO_INLINE int64_t slab_tokens(const RowsTask& task) {
-  const int64_t token_bytes = task.quantized != nullptr
-                                  ? task.columns / kBlockColumns * static_cast<int64_t>(sizeof(QuantizedBlock)) / kQuad
-                                  : task.columns * static_cast<int64_t>(sizeof(float));
-  const int64_t tokens = kSlabBytes / token_bytes / 24 * 24;
+  const int64_t quad_bytes = task.quantized != nullptr ? blocks_in(task.columns) * int64_t{sizeof(QuantizedBlock)}
+                             : task.pairs != nullptr   ? pairs_in(task.columns) * int64_t{sizeof(PairBlock)}
+                                                       : task.columns * int64_t{sizeof(float)} * kQuad;
+  const int64_t tokens = kSlabBytes * kQuad / quad_bytes / 24 * 24;
   return tokens < 24 ? 24 : tokens;
 }
 

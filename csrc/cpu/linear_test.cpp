@@ -55,7 +55,7 @@ Weight make_weight(Format format, int64_t num_rows, int64_t columns, std::mt1993
   Weight weight{random_rows(format, num_rows, row_bytes, random), std::vector<int64_t>(num_rows), {nullptr, std::free}};
   for (int64_t row = 0; row < num_rows; ++row) weight.order[row] = num_rows - 1 - row;
   const SourceSegment source{weight.rows.data(), num_rows, row_bytes, weight.order.data(), format};
-  const PackedLinear plan = plan_linear(&source, 1, columns, true);
+  const PackedLinear plan = plan_linear(&source, 1, columns, true, true);
   weight.packed = aligned_bytes(plan.num_bytes);
   std::memcpy(weight.packed.get(), &plan, sizeof plan);
   const int64_t groups = (num_rows + kGroupRows - 1) / kGroupRows;

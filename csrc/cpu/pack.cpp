@@ -1,5 +1,7 @@
 #include "pack.h"
 
+#include <algorithm>
+#include <cmath>
 #include <cstring>
 
 #include "blocks.h"
@@ -13,7 +15,7 @@ int64_t num_groups(int64_t num_rows) { return (num_rows + kGroupRows - 1) / kGro
 template <class Byte>
 struct Places {
   Byte* codes;
-  Byte* scales;        // kSymmetric, kAffine: 16 fp16 d, then 16 m; the others: 16 bytes s, then 16 t
+  Byte* scales;        // kPairs: of the unit; kSymmetric, kAffine: 16 fp16 d, then 16 m; the others: 16 bytes s, then t
   Byte* super_scales;  // 16 fp16 d, then 16 dmin; null where there are none
 };
 
@@ -23,7 +25,7 @@ Places<Byte> block_place(Format format, Byte* group, int64_t index) {
   Byte* unit = group + index / blocks * (scale_bytes(format) + blocks * code_bytes(format));
   Byte* codes = unit + scale_bytes(format) + nth * code_bytes(format);
   if (blocks == kSuperBlocks) return {codes, unit + 64 + nth * 32, unit};
-  return {codes, unit + nth * 32, nullptr};
+  return {codes, is_paired(format) ? unit : unit + nth * 32, nullptr};
 }
 
 // Four codes, a byte each, as the four bits of their bit `bit`.
@@ -82,6 +84,64 @@ void pack_quantised_row(Format format, const uint8_t* source, int64_t columns, i
   }
 }
 
+// fp16 d and m of a stored block of Q4_0 (whose m is 0) or Q4_1.
+struct StoredScales {
+  uint16_t d, m;
+};
+
+StoredScales stored_scales(Format format, const uint8_t* source, int64_t index) {
+  const uint8_t* block = source + index * traits(format).type_bytes;
+  return {load_as<uint16_t>(block), format == Format::kQ4_1 ? load_as<uint16_t>(block + 2) : uint16_t{0}};
+}
+
+// A weight's value at code 8.
+float middle(Format format, StoredScales scales) {
+  return format == Format::kQ4_1 ? half_float(scales.m) + 8.0f * half_float(scales.d) : 0.0f;
+}
+
+// The power of two in which a row's scales and middles are counted: none is above 2**14 of them. NaN if one of them is
+// not finite.
+float row_step(Format format, const uint8_t* source, int64_t columns) {
+  uint32_t largest = 0;  // magnitudes compare as their bits do
+  for (int64_t index = 0; index < columns / kBlockColumns; ++index) {
+    const StoredScales scales = stored_scales(format, source, index);
+    for (const float value : {half_float(scales.d), middle(format, scales) / kMiddleSteps}) {
+      largest = std::max(largest, float_bits(value) & 0x7fffffffu);
+    }
+  }
+  if (largest >= float_bits(INFINITY)) return NAN;
+  int exponent = 0;
+  std::frexp(bits_float(largest), &exponent);
+  return std::ldexp(1.0f, exponent - 14);
+}
+
+void put_word(float value, float step, bool is_first, int row, uint8_t* words) {
+  const auto word = static_cast<int16_t>(std::isnan(step) ? 0 : std::lrintf(value / step));
+  std::memcpy(words + 4 * row + (is_first ? 2 : 0), &word, sizeof word);
+}
+
+// Returns the row's step.
+float pack_paired_row(Format format, const uint8_t* source, int64_t columns, int row, uint8_t* group) {
+  const float step = row_step(format, source, columns);
+  for (int64_t index = 0; index < columns / kBlockColumns; ++index) {
+    const Places<uint8_t> place = block_place(format, group, index);
+    put_codes(format, stored_block(format, source, index).codes, row, place.codes);
+    const StoredScales scales = stored_scales(format, source, index);
+    put_word(half_float(scales.d), step, index % 2 == 0, row, place.scales);
+    if (format == Format::kQ4_1)
+      put_word(middle(format, scales) / kMiddleSteps, step, index % 2 == 0, row, place.scales + 64);
+  }
+  return step;
+}
+
+void keep_stored_scales(const PackedSegment& segment, const uint8_t* source, int64_t columns, int64_t row,
+                        std::byte* packed) {
+  if (segment.stored_offset == 0) return;
+  const int64_t blocks = columns / kBlockColumns;
+  auto* stored = reinterpret_cast<StoredScales*>(packed + segment.stored_offset) + row * blocks;
+  for (int64_t index = 0; index < blocks; ++index) stored[index] = stored_scales(segment.format, source, index);
+}
+
 // Where column `column` of row `row` of a dense group lies, in values.
 int64_t dense_index(Format format, int64_t column, int row) {
   if (format == Format::kBF16) return (column / 2 * kGroupRows + row) * 2 + column % 2;
@@ -103,17 +163,25 @@ float dense_value(Format format, const uint8_t* group, int64_t column, int row) 
 }
 
 // Every product and sum is rounded by itself, in the order of inferneo_core/weights/dequant.py.
-void unpack_quantised_row(Format format, const uint8_t* group, int64_t columns, int row, float* out) {
+// stored: the row's scales, of kPairs.
+void unpack_quantised_row(Format format, const uint8_t* group, const StoredScales* stored, int64_t columns, int row,
+                          float* out) {
   const Scaling scaling = traits(format).scaling;
   const int offset = traits(format).offset_bits == 0 ? 0 : 1 << traits(format).offset_bits;
   for (int64_t index = 0; index < columns / kBlockColumns; ++index) {
     const Places<const uint8_t> place = block_place(format, group, index);
     const uint8_t* halves = place.super_scales == nullptr ? place.scales : place.super_scales;
-    float scales[2] = {half_float(load_as<uint16_t>(halves + 2 * row)), 0.0f};
-    float minimum = 0.0f;
-    if (scaling == Scaling::kAffine || scaling == Scaling::kSuperAffine) {
-      minimum = half_float(load_as<uint16_t>(halves + 2 * (kGroupRows + row)));
+    StoredScales half{};
+    if (scaling == Scaling::kPairs) {
+      half = stored[index];
+    } else {
+      half.d = load_as<uint16_t>(halves + 2 * row);
+      if (scaling == Scaling::kAffine || scaling == Scaling::kSuperAffine) {
+        half.m = load_as<uint16_t>(halves + 2 * (kGroupRows + row));
+      }
     }
+    float scales[2] = {half_float(half.d), 0.0f};
+    float minimum = half_float(half.m);
     if (scaling == Scaling::kSuperAffine) {
       scales[0] *= static_cast<float>(place.scales[row]);
       minimum *= -static_cast<float>(place.scales[kGroupRows + row]);
@@ -133,18 +201,31 @@ void unpack_quantised_row(Format format, const uint8_t* group, int64_t columns, 
 
 }  // namespace
 
-PackedLinear plan_linear(const SourceSegment* segments, int64_t num_segments, int64_t in_features, bool has_bias) {
+PackedLinear plan_linear(const SourceSegment* segments, int64_t num_segments, int64_t in_features, bool has_bias,
+                         bool keeps_rows) {
   PackedLinear linear = {};
+  linear.keeps_rows = keeps_rows;
   linear.magic = kPackedMagic;
   linear.in_features = in_features;
   linear.num_segments = num_segments;
   linear.num_bytes = round_up(sizeof linear, 64);
   for (int64_t i = 0; i < num_segments; ++i) {
     const SourceSegment& source = segments[i];
-    linear.segments[i] = {linear.out_features, source.num_rows, linear.num_bytes, source.format};
+    linear.segments[i] = {linear.out_features, source.num_rows, linear.num_bytes, 0, 0, source.format};
     linear.out_features += source.num_rows;
     linear.num_bytes += num_groups(source.num_rows) * group_bytes(source.format, in_features);
-    (is_dense(source.format) ? linear.has_dense : linear.has_quantised) = true;
+    if (is_paired(source.format)) {
+      linear.segments[i].steps_offset = linear.num_bytes;
+      linear.num_bytes += round_up(num_groups(source.num_rows) * kStepBytes, 64);
+      if (keeps_rows) {
+        const int64_t blocks = source.num_rows * (in_features / kBlockColumns);
+        linear.segments[i].stored_offset = linear.num_bytes;
+        linear.num_bytes += round_up(blocks * static_cast<int64_t>(sizeof(StoredScales)), 64);
+      }
+    }
+    linear.has_dense |= is_dense(source.format);
+    linear.has_pairs |= is_paired(source.format);
+    linear.has_blocks |= !is_dense(source.format) && !is_paired(source.format);
   }
   if (has_bias) {
     linear.bias_offset = linear.num_bytes;
@@ -159,11 +240,20 @@ void pack_groups(const SourceSegment& source, const PackedSegment& segment, int6
   for (int64_t index = begin; index < end; ++index) {
     auto* group = reinterpret_cast<uint8_t*>(packed + segment.offset + index * size);
     std::memset(group, 0, size);
+    if (is_paired(segment.format)) std::memset(packed + segment.steps_offset + index * kStepBytes, 0, kStepBytes);
     for (int row = 0; row < kGroupRows && index * kGroupRows + row < segment.num_rows; ++row) {
       const int64_t i = index * kGroupRows + row;
       const uint8_t* bytes = source.data + (source.row_order == nullptr ? i : source.row_order[i]) * source.row_bytes;
-      const auto pack = is_dense(segment.format) ? pack_dense_row : pack_quantised_row;
-      pack(segment.format, bytes, in_features, row, group);
+      if (is_dense(segment.format)) {
+        pack_dense_row(segment.format, bytes, in_features, row, group);
+      } else if (is_paired(segment.format)) {
+        const float step = pack_paired_row(segment.format, bytes, in_features, row, group);
+        const auto bits = static_cast<uint16_t>(float_bits(step) >> 16);
+        std::memcpy(packed + segment.steps_offset + i * sizeof bits, &bits, sizeof bits);
+        keep_stored_scales(segment, bytes, in_features, i, packed);
+      } else {
+        pack_quantised_row(segment.format, bytes, in_features, row, group);
+      }
     }
   }
 }
@@ -182,7 +272,8 @@ void unpack_rows(const PackedLinear& linear, const int64_t* ids, int64_t count, 
         out[column] = dense_value(segment->format, group, column, row);
       }
     } else {
-      unpack_quantised_row(segment->format, group, columns, row, out);
+      const auto* stored = reinterpret_cast<const StoredScales*>(linear.at(segment->stored_offset));
+      unpack_quantised_row(segment->format, group, stored + index * (columns / kBlockColumns), columns, row, out);
     }
   }
 }

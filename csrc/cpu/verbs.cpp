@@ -96,6 +96,7 @@ int64_t tape_input(const Tensor& tape, int64_t width) {
 int64_t tape_embed(const Tensor& tape, const Tensor& weight) {
   Recording& r = recording(tape);
   const PackedLinear& linear = packed(r, weight);
+  check_keeps_rows(linear);
   r.vocab_size = std::min(r.vocab_size, linear.out_features);
   r.reads_ids = true;
   return add<EmbedNode>(r, linear.in_features, {}, linear);

@@ -214,11 +214,12 @@ class Ops(ForwardOps, Protocol):
     dtype: torch.dtype  # of activations, norms and biases
     device: torch.device  # of every tensor the verbs take and return
 
-    def prepare(self, linear: Linear) -> Linear:
+    def prepare(self, linear: Linear, *, keeps_rows: bool = False) -> Linear:
         """Repack a weight into the backend's own layout; called once a weight, at load.
 
         Args:
             linear: as the loader made it, its segments views of the mapped file.
+            keeps_rows: whether `embed` will read it.
         Returns:
             The same product; the other verbs of this backend accept only what this returned.
         """

@@ -68,8 +68,8 @@ class CpuOps:
         self._arena = WeightArena()
         self.team: Tensor = torch.ops.inferneo.make_team(num_threads)
 
-    def prepare(self, linear: Linear) -> Linear:
-        return linear.with_data(self._arena.pack(linear), None)
+    def prepare(self, linear: Linear, *, keeps_rows: bool = False) -> Linear:
+        return linear.with_data(self._arena.pack(linear, keeps_rows=keeps_rows), None)
 
     def embed(self, ids: Tensor, w: Linear) -> Tensor:
         tape = TapeRecorder()

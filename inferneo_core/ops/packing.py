@@ -21,11 +21,12 @@ class WeightArena:
         self._chunk = torch.empty(0, dtype=torch.uint8)
         self._used = 0
 
-    def pack(self, linear: Linear) -> Tensor:
+    def pack(self, linear: Linear, *, keeps_rows: bool = False) -> Tensor:
         """Repack a weight; its source is not needed afterwards.
 
         Args:
             linear: as the loader made it: quantised segments, dense bf16, fp16 or fp32 ones, or both.
+            keeps_rows: whether its rows will be asked for: what the kernels round is then kept as stored, too.
         Returns:
             [out_features, bytes_per_row] uint8, bytes_per_row so large that everything fits; opaque but for its rows.
         Raises:
@@ -39,10 +40,10 @@ class WeightArena:
         orders = [in_order if segment.row_order is None else segment.row_order for segment in segments]
         bias = None if linear.bias is None else linear.bias.float()
         ops = torch.ops.inferneo
-        num_bytes: int = ops.packed_bytes(data, types, orders, linear.in_features, bias is not None)
+        num_bytes: int = ops.packed_bytes(data, types, orders, linear.in_features, bias is not None, keeps_rows)
         bytes_per_row = -(-num_bytes // linear.out_features)
         packed = self._take(linear.out_features * bytes_per_row)
-        ops.pack_linear(data, types, orders, linear.in_features, bias, packed)
+        ops.pack_linear(data, types, orders, linear.in_features, bias, keeps_rows, packed)
         return packed.view(linear.out_features, bytes_per_row)
 
     def _take(self, num_bytes: int) -> Tensor:

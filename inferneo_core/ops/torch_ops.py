@@ -33,7 +33,7 @@ class TorchOps:
         self.dtype = dtype
         self.device = torch.device(device)
 
-    def prepare(self, linear: Linear) -> Linear:
+    def prepare(self, linear: Linear, *, keeps_rows: bool = False) -> Linear:
         bias = None if linear.bias is None else linear.bias.to(self.device, self.dtype)
         if len(linear.segments) == 1:
             (segment,) = linear.segments

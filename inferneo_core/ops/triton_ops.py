@@ -79,7 +79,7 @@ class TritonOps:
         self._workspace: Tensor | None = None  # the attention kernels' counters, zero between calls
         self._pool: Any = None  # the memory that all captured graphs share
 
-    def prepare(self, linear: Linear) -> PackedLinear:
+    def prepare(self, linear: Linear, *, keeps_rows: bool = False) -> PackedLinear:
         weights = merge([self._pack(segment) for segment in linear.segments])
         bias = None if linear.bias is None else linear.bias.to(self.device, self.dtype)
         return PackedLinear((), linear.in_features, bias, weights)
