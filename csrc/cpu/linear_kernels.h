@@ -12,22 +12,20 @@
 namespace inferneo {
 namespace {
 
-// The loops over 32 columns have no branches, so that they vectorise; adding 1.5 * 2**23 rounds to nearest even.
+// The loops over 32 columns have no branches, so that they vectorise.
 template <class V>
 INFERNEO_INLINE void quantize_block(const float* x, QuantizedBlock& out, int token) {
-  constexpr float kRound = 12582912.0f;
-  constexpr uint32_t kSmallest = 0x0da24260;  // 1e-30f: below it, 127 / largest could overflow
   uint32_t largest = 0;  // by bits, so that a NaN is the largest of all and spoils the block visibly
   for (int i = 0; i < kBlockColumns; ++i) {
     const uint32_t bits = float_bits(x[i]) & 0x7fffffffu;
     largest = bits > largest ? bits : largest;
   }
-  const bool is_zero = largest < kSmallest;
+  const bool is_zero = largest < kSmallestLargest;
   const float scale = is_zero ? 0.0f : bits_float(largest) / 127.0f;
   const float inverse = is_zero ? 0.0f : 127.0f / bits_float(largest);
   int8_t* const codes = out.codes[token];
   for (int i = 0; i < kBlockColumns; ++i) {
-    codes[i] = static_cast<int8_t>(float_bits(x[i] * inverse + kRound) - float_bits(kRound));
+    codes[i] = static_cast<int8_t>(float_bits(x[i] * inverse + kRoundCode) - float_bits(kRoundCode));
   }
   const int32_t head = V::sum_of_16(codes);
   const int32_t sum = head + V::sum_of_16(codes + 16);
@@ -44,6 +42,12 @@ void quantize(const float* x, int64_t rows, int64_t columns, QuantizedBlock* out
   for (int64_t quad = quads * lane.index / lane.count; quad < quads * (lane.index + 1) / lane.count; ++quad) {
     for (int64_t block = 0; block < blocks; ++block) {
       QuantizedBlock& place = out[quad * blocks + block];
+      if constexpr (requires { &V::quantize_quad; }) {
+        if (quad * kQuad + kQuad <= rows) {
+          V::quantize_quad(x + quad * kQuad * columns + block * kBlockColumns, columns, place);
+          continue;
+        }
+      }
       for (int token = 0; token < kQuad; ++token) {
         const int64_t row = quad * kQuad + token;
         if (row < rows) {

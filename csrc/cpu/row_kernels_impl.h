@@ -46,19 +46,21 @@ void rotate(float* head, const float* cos_sin, int64_t head_dim) {
   }
 }
 
+INFERNEO_INLINE void silu_mul_lanes(float* gate, const float* up) {
+  const Vec x = load(gate);
+  const Vec e = exp_fused(-larger(x, -x));  // it takes what is not positive
+  store(gate, x * (x > 0.0f ? splat(1.0f) : e) / (1.0f + e) * load(up));
+}
+
 void silu_mul(float* gate, const float* up, int64_t count) {
   int64_t i = 0;
-  for (; i + kLanes <= count; i += kLanes) {
-    const Vec x = load(gate + i);
-    const Vec e = exp_lanes(-larger(x, -x));  // exp_lanes takes what is not positive
-    const Vec numerator = x > 0.0f ? splat(1.0f) : e;
-    store(gate + i, x * (numerator / (1.0f + e)) * load(up + i));
-  }
-  for (; i < count; ++i) {
-    const float x = gate[i];
-    const float e = exp_float(x > 0.0f ? -x : x);
-    gate[i] = x * ((x > 0.0f ? 1.0f : e) / (1.0f + e)) * up[i];
-  }
+  for (; i + kLanes <= count; i += kLanes) silu_mul_lanes(gate + i, up + i);
+  if (i == count) return;
+  float gates[kLanes] = {}, ups[kLanes] = {};
+  std::memcpy(gates, gate + i, (count - i) * sizeof(float));
+  std::memcpy(ups, up + i, (count - i) * sizeof(float));
+  silu_mul_lanes(gates, ups);
+  std::memcpy(gate + i, gates, (count - i) * sizeof(float));
 }
 
 template <class T>
