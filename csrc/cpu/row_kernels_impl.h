@@ -38,12 +38,19 @@ void rms_norm(const float* x, const float* weight, float eps, int64_t count, flo
 
 void rotate(float* head, const float* cos_sin, int64_t head_dim) {
   const int64_t half = head_dim / 2;
-  for (int64_t i = 0; i < half; ++i) {
-    const float first = head[i], second = head[half + i];
-    const float cosine = cos_sin[i], sine = cos_sin[half + i];
-    head[i] = first * cosine - second * sine;
-    head[half + i] = second * cosine + first * sine;
+  const auto turn = [&](auto& first, auto& second, auto cosine, auto sine) {
+    const auto turned = first * cosine - second * sine;
+    second = second * cosine + first * sine;
+    first = turned;
+  };
+  int64_t i = 0;
+  for (; i + kLanes <= half; i += kLanes) {
+    Vec first = load(head + i), second = load(head + half + i);
+    turn(first, second, load(cos_sin + i), load(cos_sin + half + i));
+    store(head + i, first);
+    store(head + half + i, second);
   }
+  for (; i < half; ++i) turn(head[i], head[half + i], cos_sin[i], cos_sin[half + i]);
 }
 
 INFERNEO_INLINE void silu_mul_lanes(float* gate, const float* up) {
