@@ -80,6 +80,48 @@ struct Avx512 {
     const __m128i sums = _mm_sad_epu8(biased, _mm_setzero_si128());
     return _mm_cvtsi128_si32(sums) + _mm_extract_epi32(sums, 2) - 16 * 128;
   }
+  INFERNEO_INLINE static __m256i largest_of_32(const float* x) {  // of four columns each, by bits
+    const Ints magnitude = _mm512_set1_epi32(0x7fffffff);
+    const Ints most = _mm512_max_epu32(_mm512_and_si512(_mm512_loadu_si512(x), magnitude),
+                                       _mm512_and_si512(_mm512_loadu_si512(x + 16), magnitude));
+    return _mm256_max_epu32(_mm512_castsi512_si256(most), _mm512_extracti64x4_epi64(most, 1));
+  }
+  // What linear_kernels.h does token by token, of four tokens at once: what is one number a token goes through one
+  // vector of four.
+  INFERNEO_INLINE static void quantize_quad(const float* x, int64_t stride, int8_t (&out)[kQuad][kBlockColumns],
+                                            QuadCodes& made) {
+    const __m256i ab_low = _mm256_unpacklo_epi32(largest_of_32(x), largest_of_32(x + stride));
+    const __m256i ab_high = _mm256_unpackhi_epi32(largest_of_32(x), largest_of_32(x + stride));
+    const __m256i cd_low = _mm256_unpacklo_epi32(largest_of_32(x + 2 * stride), largest_of_32(x + 3 * stride));
+    const __m256i cd_high = _mm256_unpackhi_epi32(largest_of_32(x + 2 * stride), largest_of_32(x + 3 * stride));
+    const __m256i ab = _mm256_max_epu32(ab_low, ab_high), cd = _mm256_max_epu32(cd_low, cd_high);
+    const __m256i both = _mm256_max_epu32(_mm256_unpacklo_epi64(ab, cd), _mm256_unpackhi_epi64(ab, cd));
+    const __m128i bits = _mm_max_epu32(_mm256_castsi256_si128(both), _mm256_extracti128_si256(both, 1));
+    const __mmask8 is_there = _mm_cmpge_epu32_mask(bits, _mm_set1_epi32(kSmallestLargest));
+    const __m128 largest = _mm_castsi128_ps(bits), most_code = _mm_set1_ps(127.0f);
+    _mm_store_ps(made.largest, _mm_maskz_mov_ps(is_there, largest));
+    alignas(16) float inverse[kQuad];
+    _mm_store_ps(inverse, _mm_maskz_div_ps(is_there, most_code, largest));
+    __m256i sums[kQuad];
+    INFERNEO_UNROLL
+    for (int t = 0; t < kQuad; ++t) {
+      const Floats factor = _mm512_set1_ps(inverse[t]), round = _mm512_set1_ps(kRoundCode);
+      const Floats low = _mm512_add_ps(_mm512_mul_ps(_mm512_loadu_ps(x + t * stride), factor), round);
+      const Floats high = _mm512_add_ps(_mm512_mul_ps(_mm512_loadu_ps(x + t * stride + 16), factor), round);
+      const __m256i codes = _mm256_set_m128i(_mm512_maskz_cvtepi32_epi8(0xffff, _mm512_castps_si512(high)),
+                                             _mm512_maskz_cvtepi32_epi8(0xffff, _mm512_castps_si512(low)));
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(out[t]), codes);
+      sums[t] = _mm256_sad_epu8(_mm256_xor_si256(codes, _mm256_set1_epi8(-128)), _mm256_setzero_si256());
+    }
+    const __m256i first = _mm256_or_si256(sums[0], _mm256_slli_epi64(sums[1], 32));
+    const __m256i last = _mm256_or_si256(sums[2], _mm256_slli_epi64(sums[3], 32));
+    const __m256i halves = _mm256_add_epi32(_mm256_unpacklo_epi64(first, last), _mm256_unpackhi_epi64(first, last));
+    const __m128i bias = _mm_set1_epi32(16 * 128);
+    const __m128i head = _mm_sub_epi32(_mm256_castsi256_si128(halves), bias);
+    const __m128i sum = _mm_add_epi32(head, _mm_sub_epi32(_mm256_extracti128_si256(halves, 1), bias));
+    _mm_store_si128(reinterpret_cast<__m128i*>(made.head), head);
+    _mm_store_si128(reinterpret_cast<__m128i*>(made.sum), sum);
+  }
   INFERNEO_INLINE static void store(float* out, Floats x) { _mm512_storeu_ps(out, x); }
   INFERNEO_INLINE static void prefetch(const uint8_t* p, int64_t bytes) {
     for (int64_t i = 0; i < bytes; i += 64) _mm_prefetch(reinterpret_cast<const char*>(p + i), _MM_HINT_T1);

@@ -12,40 +12,38 @@
 namespace inferneo {
 namespace {
 
-constexpr uint32_t kSmallest = 0x0da24260;  // 1e-30f: what is smaller counts as 0, for its inverse could overflow
-
-struct Codes {
-  uint32_t largest;   // magnitude in the block, by its bits, so that a NaN is the largest of all and spoils the block
-  int32_t head, sum;  // of the first 16 codes, and of all
-};
-
-// Codes of 32 columns in steps of largest / 127. The loops have no branches, so that they vectorise; adding
-// 1.5 * 2**23 rounds to nearest even.
+// The loops over 32 columns have no branches, so that they vectorise.
 template <class V>
-INFERNEO_INLINE Codes quantize_codes(const float* x, int8_t* codes) {
-  constexpr float kRound = 12582912.0f;
-  uint32_t largest = 0;
+INFERNEO_INLINE void quantize_block(const float* x, int8_t* codes, int token, QuadCodes& made) {
+  uint32_t largest = 0;  // by bits: a NaN is above all
   for (int i = 0; i < kBlockColumns; ++i) {
     const uint32_t bits = float_bits(x[i]) & 0x7fffffffu;
     largest = bits > largest ? bits : largest;
   }
-  if (largest < kSmallest) largest = 0;
+  if (largest < kSmallestLargest) largest = 0;
   const float inverse = largest == 0 ? 0.0f : 127.0f / bits_float(largest);
   for (int i = 0; i < kBlockColumns; ++i) {
-    codes[i] = static_cast<int8_t>(float_bits(x[i] * inverse + kRound) - float_bits(kRound));
+    codes[i] = static_cast<int8_t>(float_bits(x[i] * inverse + kRoundCode) - float_bits(kRoundCode));
   }
-  const int32_t head = V::sum_of_16(codes);
-  return {largest, head, head + V::sum_of_16(codes + 16)};
+  made.largest[token] = bits_float(largest);
+  made.head[token] = V::sum_of_16(codes);
+  made.sum[token] = made.head[token] + V::sum_of_16(codes + 16);
 }
 
+// The codes of a block of `count` tokens, each x_stride floats behind the one before. Other tokens' are left as they
+// are: what scales them is 0.
 template <class V>
-INFERNEO_INLINE void quantize_block(const float* x, QuantizedBlock& out, int token) {
-  const Codes made = quantize_codes<V>(x, out.codes[token]);
-  const float scale = bits_float(made.largest) / 127.0f;
-  out.scale[token] = scale;
-  out.sum[token] = scale * static_cast<float>(made.sum);
-  out.negative_sum[token] = -made.sum;
-  out.negative_head[token] = -made.head;
+INFERNEO_INLINE QuadCodes quantize_quad(const float* x, int64_t x_stride, int count,
+                                        int8_t (&codes)[kQuad][kBlockColumns]) {
+  QuadCodes made = {};
+  if constexpr (requires { &V::quantize_quad; }) {
+    if (count == kQuad) {
+      V::quantize_quad(x, x_stride, codes, made);
+      return made;
+    }
+  }
+  for (int token = 0; token < count; ++token) quantize_block<V>(x + token * x_stride, codes[token], token, made);
+  return made;
 }
 
 // The codes of columns 4 * j to 4 * j + 3 (below 8 bits).
@@ -74,26 +72,32 @@ INFERNEO_INLINE void add_nibbles(const uint8_t* codes, int first, Activations x,
   }
 }
 
-#include "linear_pairs.h"
+// f(a quad, its first row of x, how many tokens it has) for this lane's share of the quads.
+template <class F>
+INFERNEO_INLINE void for_quads(int64_t rows, Lane lane, F f) {
+  const Share quads = share((rows + kQuad - 1) / kQuad, 1, lane);
+  for (int64_t quad = quads.begin; quad < quads.end; ++quad) {
+    f(quad, quad * kQuad, static_cast<int>(rows - quad * kQuad < kQuad ? rows - quad * kQuad : kQuad));
+  }
+}
 
 template <class V>
 void quantize(const float* x, int64_t rows, int64_t columns, QuantizedBlock* out, Lane lane) {
-  const int64_t blocks = columns / kBlockColumns;
-  const int64_t quads = (rows + kQuad - 1) / kQuad;
-  for (int64_t quad = quads * lane.index / lane.count; quad < quads * (lane.index + 1) / lane.count; ++quad) {
-    for (int64_t block = 0; block < blocks; ++block) {
-      QuantizedBlock& place = out[quad * blocks + block];
-      for (int token = 0; token < kQuad; ++token) {
-        const int64_t row = quad * kQuad + token;
-        if (row < rows) {
-          quantize_block<V>(x + row * columns + block * kBlockColumns, place, token);
-        } else if (rows > 1) {  // one row alone is multiplied alone
-          clear_token(place, token);
-        }
+  for_quads(rows, lane, [&](int64_t quad, int64_t row, int count) {
+    for (int64_t b = 0; b < blocks_in(columns); ++b) {
+      QuantizedBlock& place = out[quad * blocks_in(columns) + b];
+      const QuadCodes made = quantize_quad<V>(x + row * columns + b * kBlockColumns, columns, count, place.codes);
+      for (int t = 0; t < kQuad; ++t) {
+        place.scale[t] = made.largest[t] / 127.0f;
+        place.sum[t] = place.scale[t] * static_cast<float>(made.sum[t]);
+        place.negative_sum[t] = -made.sum[t];
+        place.negative_head[t] = -made.head[t];
       }
     }
-  }
+  });
 }
+
+#include "linear_pairs.h"
 
 template <class V>
 struct Scales {

@@ -64,50 +64,43 @@ INFERNEO_INLINE void paired_tile(const RowsTask& task, int64_t group, int first,
   for (int t = 0; t < T; ++t) sum[t] = V::mul(sum[t], V::mul(step, V::broadcast(task.units + token + t)));
 }
 
-// Blocks of pairs are quantised as all others; their scales are then counted in a unit of the token.
-template <class V>
-INFERNEO_INLINE void quantize_row_in_pairs(const float* x, int64_t columns, PairBlock* out, int token, float& unit) {
-  constexpr float kRound = 12582912.0f;  // 1.5 * 2**23: adding it rounds to nearest even
-  uint32_t largest = 0;                  // as in quantize_codes
+// As in QuadCodes, of a whole row.
+INFERNEO_INLINE float largest_magnitude(const float* x, int64_t columns) {
+  uint32_t largest = 0;
   for (int64_t i = 0; i < columns; ++i) {
     const uint32_t bits = float_bits(x[i]) & 0x7fffffffu;
     largest = bits > largest ? bits : largest;
   }
-  if (largest < kSmallest) largest = 0;
-  const float per_unit = largest == 0 ? 0.0f : 32767.0f / bits_float(largest);
-  unit = bits_float(largest) * (32768.0f / (127.0f * 32767.0f));  // 2**15 of them, for what scale_words divides by
-  for (int64_t b = 0; b < round_up(blocks_in(columns), 2); ++b) {
-    PairBlock& pair = out[b / 2];
-    Codes made{0, 0, 0};
-    if (b < blocks_in(columns)) made = quantize_codes<V>(x + b * kBlockColumns, pair.codes[b % 2][token]);
-    const uint32_t scale = float_bits(bits_float(made.largest) * per_unit + kRound) - float_bits(kRound);
-    const auto sum = static_cast<uint32_t>((made.sum * static_cast<int32_t>(scale & 0xffffu) + (1 << 11)) >> 12);
-    if (b % 2 == 0) {
-      pair.start[0][token] = -8 * made.sum;
-      pair.scale[token] = static_cast<int32_t>(scale << 16);
-      pair.sum[token] = static_cast<int32_t>(sum << 16);
-    } else {
-      pair.start[1][token] = -8 * made.sum + (1 << 15);
-      pair.scale[token] |= static_cast<int32_t>(scale & 0xffffu);
-      pair.sum[token] |= static_cast<int32_t>(sum & 0xffffu);
-    }
-  }
+  return largest < kSmallestLargest ? 0.0f : bits_float(largest);
 }
 
+// Blocks of pairs are quantised as all others; their scales are then counted in a unit of the token.
 template <class V>
 void quantize_pairs(const float* x, int64_t rows, int64_t columns, PairBlock* out, float* units, Lane lane) {
-  const int64_t pairs = pairs_in(columns);
-  const Share quads = share((rows + kQuad - 1) / kQuad, 1, lane);
-  for (int64_t quad = quads.begin; quad < quads.end; ++quad) {
-    PairBlock* const place = out + quad * pairs;
-    for (int token = 0; token < kQuad; ++token) {
-      const int64_t row = quad * kQuad + token;
-      if (row < rows) {
-        quantize_row_in_pairs<V>(x + row * columns, columns, place, token, units[row]);
-      } else if (rows > 1) {  // one row alone is multiplied alone
-        units[row] = 0.0f;
-        for (int64_t i = 0; i < pairs; ++i) clear_token(place[i], token);
+  for_quads(rows, lane, [&](int64_t quad, int64_t row, int count) {
+    float per_unit[kQuad] = {};
+    for (int t = 0; t < count; ++t) {
+      const float largest = largest_magnitude(x + (row + t) * columns, columns);
+      per_unit[t] = largest == 0.0f ? 0.0f : 32767.0f / largest;
+      units[row + t] = largest * (32768.0f / (127.0f * 32767.0f));  // 2**15 of them: scale_words divides by so much
+    }
+    for (int t = count; t < kQuad && rows > 1; ++t) units[row + t] = 0.0f;  // one row alone has one unit
+    for (int64_t b = 0; b < 2 * pairs_in(columns); ++b) {
+      const bool is_first = b % 2 == 0;
+      PairBlock& pair = out[quad * pairs_in(columns) + b / 2];
+      QuadCodes made = {};
+      if (b < blocks_in(columns)) {
+        made = quantize_quad<V>(x + row * columns + b * kBlockColumns, columns, count, pair.codes[b % 2]);
+      }
+      for (int t = 0; t < kQuad; ++t) {
+        const uint32_t scale =
+            (float_bits(made.largest[t] * per_unit[t] + kRoundCode) - float_bits(kRoundCode)) & 0xffffu;
+        const int32_t sum = (made.sum[t] * static_cast<int32_t>(scale) + (1 << 11)) >> 12;
+        const uint32_t low_sum = static_cast<uint32_t>(sum) & 0xffffu;
+        pair.start[b % 2][t] = -8 * made.sum[t] + (is_first ? 0 : 1 << 15);
+        pair.scale[t] = static_cast<int32_t>(is_first ? scale << 16 : static_cast<uint32_t>(pair.scale[t]) | scale);
+        pair.sum[t] = static_cast<int32_t>(is_first ? low_sum << 16 : static_cast<uint32_t>(pair.sum[t]) | low_sum);
       }
     }
-  }
+  });
 }

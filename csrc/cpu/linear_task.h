@@ -15,6 +15,17 @@ constexpr int64_t kPrefetchNear = 1024;
 constexpr int64_t kPrefetchFar = 16384;
 constexpr int64_t kSlabBytes = int64_t{384} << 10;  // of activations: they share a 1 MiB L2 with the weights
 
+// What quantising a block of four tokens gives beside its codes; all is 0 for tokens that there are not.
+struct alignas(16) QuadCodes {
+  float largest[kQuad];  // magnitude; NaN if one is, so that it spoils the block visibly; 0 below kSmallestLargest
+  int32_t head[kQuad], sum[kQuad];  // of the first 16 codes, and of all
+};
+
+// Activations' codes: adding 1.5 * 2**23 rounds to nearest even; below this largest (1e-30f) 127 / largest could
+// overflow.
+constexpr float kRoundCode = 12582912.0f;
+constexpr uint32_t kSmallestLargest = 0x0da24260;
+
 // Rows [row_begin, row_end) of one segment, counted from the segment's first row.
 struct RowsTask {
   const uint8_t* groups;
@@ -32,20 +43,6 @@ struct RowsTask {
   float* out;
   int64_t stride;
 };
-
-INFERNEO_INLINE void clear_token(QuantizedBlock& block, int token) {
-  block.scale[token] = block.sum[token] = 0.0f;
-  block.negative_sum[token] = block.negative_head[token] = 0;
-  for (int i = 0; i < kBlockColumns; ++i) block.codes[token][i] = 0;
-}
-
-INFERNEO_INLINE void clear_token(PairBlock& pair, int token) {
-  pair.scale[token] = pair.sum[token] = 0;
-  for (int half = 0; half < 2; ++half) {
-    pair.start[half][token] = 0;
-    for (int i = 0; i < kBlockColumns; ++i) pair.codes[half][token][i] = 0;
-  }
-}
 
 // Writes those of `count` rows from `row` on that the task asks for: the first and last groups of a share.
 inline void put_some_rows(const RowsTask& task, int64_t token, int64_t row, int count, const float* values) {

@@ -64,38 +64,42 @@ int64_t QkvRopeStoreNode::shared_bytes(const StepInput& step) const {
 }
 
 void QkvRopeStoreNode::run(const Frame& frame, int64_t, Lane lane) const {
-  const int64_t head_dim = cache_.head_dim;
-  const int64_t q_width = num_heads() * head_dim, kv_width = 2 * cache_.num_kv_heads * head_dim;
+  constexpr int64_t kManyTokens = 16;
+  const int64_t num_tokens = frame.step.num_tokens;
+  const int64_t q_width = num_heads() * cache_.head_dim, kv_width = weight_.out_features - q_width;
   const void* prepared = prepare(frame, frame.values[inputs[0]], nullptr, lane);
-  const Share rows = share(weight_.out_features, head_dim, lane);  // whole heads: a lane rotates what it made
-  const int64_t q_end = std::min(rows.end, q_width), kv_begin = std::max(rows.begin, q_width);
+  // A lane makes whole heads and rotates them itself. Where heads do not divide evenly (15 by 2 lanes), many tokens are
+  // worth a barrier more: the products are split by rows, what follows them by tokens.
+  const bool is_split = num_tokens >= kManyTokens;
+  const Share rows = share(weight_.out_features, is_split ? row_granule : cache_.head_dim, lane);
   float* const q = frame.values[output];
-  multiply(frame, prepared, rows.begin, q_end, q, q_width);
-  for (int64_t token = 0; token < frame.step.num_tokens; ++token) {
-    const float* cos_sin = rope_ + frame.step.positions[token] * head_dim;
-    for (int64_t row = rows.begin; row < q_end; row += head_dim) {
-      frame.rows.rotate(q + token * q_width + row, cos_sin, head_dim);
-    }
+  float* const kv = floats(frame.shared + prepare_bytes(num_tokens)) - q_width;  // as if a row began with Q
+  multiply(frame, prepared, rows.begin, std::min(rows.end, q_width), q, q_width);
+  multiply(frame, prepared, std::max(rows.begin, q_width), rows.end, kv, kv_width);
+  if (is_split) {
+    frame.team.barrier(lane);
+    rotate_and_store(frame, q, kv, share(num_tokens, 1, lane), {0, weight_.out_features});
+  } else {
+    rotate_and_store(frame, q, kv, {0, num_tokens}, rows);
   }
-  if (kv_begin >= rows.end) return;
-  float* const kv = floats(frame.shared + prepare_bytes(frame.step.num_tokens));
-  multiply(frame, prepared, kv_begin, rows.end, kv - q_width, kv_width);  // linear_rows counts from row 0, which is Q's
-  store(frame, kv, kv_begin - q_width, rows.end - q_width);
 }
 
-// Columns [begin, end) of kv, whole heads, into the cache; keys are rotated on the way.
-void QkvRopeStoreNode::store(const Frame& frame, const float* kv, int64_t begin, int64_t end) const {
+// Rotates these rows of Q and K, whole heads, and brings those of K and V into the cache.
+void QkvRopeStoreNode::rotate_and_store(const Frame& frame, float* q, float* kv, Share tokens, Share rows) const {
   const int64_t head_dim = cache_.head_dim, k_width = cache_.num_kv_heads * head_dim;
+  const int64_t q_width = num_heads() * head_dim, v_begin = q_width + k_width;
   const auto store_row = frame.rows.store[static_cast<int>(cache_.type)];
-  for (int64_t token = 0; token < frame.step.num_tokens; ++token) {
-    const int64_t slot = frame.step.slot_mapping[token];
-    for (int64_t column = begin; column < end; column += head_dim) {
-      float* const head = const_cast<float*>(kv) + token * 2 * k_width + column;
-      const bool is_key = column < k_width;
-      if (is_key) frame.rows.rotate(head, rope_ + frame.step.positions[token] * head_dim, head_dim);
-      const int64_t kv_head = (is_key ? column : column - k_width) / head_dim;
-      std::byte* const side = is_key ? cache_.k : cache_.v;
-      store_row(head, head_dim, side + cache_.offset(slot / cache_.block_size, kv_head, slot % cache_.block_size));
+  for (int64_t token = tokens.begin; token < tokens.end; ++token) {
+    const float* cos_sin = rope_ + frame.step.positions[token] * head_dim;
+    const int64_t block = frame.step.slot_mapping[token] / cache_.block_size;
+    const int64_t place = frame.step.slot_mapping[token] % cache_.block_size;
+    for (int64_t row = rows.begin; row < rows.end; row += head_dim) {
+      const bool is_query = row < q_width, is_key = !is_query && row < v_begin;
+      float* const head = is_query ? q + token * q_width + row : kv + token * 2 * k_width + row;
+      if (is_query || is_key) frame.rows.rotate(head, cos_sin, head_dim);
+      if (is_query) continue;
+      const int64_t kv_head = (row - (is_key ? q_width : v_begin)) / head_dim;
+      store_row(head, head_dim, (is_key ? cache_.k : cache_.v) + cache_.offset(block, kv_head, place));
     }
   }
 }

@@ -55,7 +55,7 @@ class QkvRopeStoreNode : public ProductNode {
   int64_t num_heads() const { return weight_.out_features / cache_.head_dim - 2 * cache_.num_kv_heads; }
 
  private:
-  void store(const Frame& frame, const float* kv, int64_t begin, int64_t end) const;
+  void rotate_and_store(const Frame& frame, float* q, float* kv, Share tokens, Share rows) const;
 
   const float* rope_;  // [max_model_len, head_dim]
   const CacheView cache_;

@@ -38,27 +38,36 @@ void rms_norm(const float* x, const float* weight, float eps, int64_t count, flo
 
 void rotate(float* head, const float* cos_sin, int64_t head_dim) {
   const int64_t half = head_dim / 2;
-  for (int64_t i = 0; i < half; ++i) {
-    const float first = head[i], second = head[half + i];
-    const float cosine = cos_sin[i], sine = cos_sin[half + i];
-    head[i] = first * cosine - second * sine;
-    head[half + i] = second * cosine + first * sine;
+  const auto turn = [&](auto& first, auto& second, auto cosine, auto sine) {
+    const auto turned = first * cosine - second * sine;
+    second = second * cosine + first * sine;
+    first = turned;
+  };
+  int64_t i = 0;
+  for (; i + kLanes <= half; i += kLanes) {
+    Vec first = load(head + i), second = load(head + half + i);
+    turn(first, second, load(cos_sin + i), load(cos_sin + half + i));
+    store(head + i, first);
+    store(head + half + i, second);
   }
+  for (; i < half; ++i) turn(head[i], head[half + i], cos_sin[i], cos_sin[half + i]);
+}
+
+INFERNEO_INLINE void silu_mul_lanes(float* gate, const float* up) {
+  const Vec x = load(gate);
+  const Vec e = exp_fused(-larger(x, -x));  // it takes what is not positive
+  store(gate, x * (x > 0.0f ? splat(1.0f) : e) / (1.0f + e) * load(up));
 }
 
 void silu_mul(float* gate, const float* up, int64_t count) {
   int64_t i = 0;
-  for (; i + kLanes <= count; i += kLanes) {
-    const Vec x = load(gate + i);
-    const Vec e = exp_lanes(-larger(x, -x));  // exp_lanes takes what is not positive
-    const Vec numerator = x > 0.0f ? splat(1.0f) : e;
-    store(gate + i, x * (numerator / (1.0f + e)) * load(up + i));
-  }
-  for (; i < count; ++i) {
-    const float x = gate[i];
-    const float e = exp_float(x > 0.0f ? -x : x);
-    gate[i] = x * ((x > 0.0f ? 1.0f : e) / (1.0f + e)) * up[i];
-  }
+  for (; i + kLanes <= count; i += kLanes) silu_mul_lanes(gate + i, up + i);
+  if (i == count) return;
+  float gates[kLanes] = {}, ups[kLanes] = {};
+  std::memcpy(gates, gate + i, (count - i) * sizeof(float));
+  std::memcpy(ups, up + i, (count - i) * sizeof(float));
+  silu_mul_lanes(gates, ups);
+  std::memcpy(gate + i, gates, (count - i) * sizeof(float));
 }
 
 template <class T>

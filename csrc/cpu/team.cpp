@@ -45,6 +45,36 @@ void wake_all(std::atomic<uint32_t>& value) {
 #endif
 }
 
+int current_cpu() {
+#if defined(__linux__)
+  return sched_getcpu();
+#else
+  return -1;
+#endif
+}
+
+// Keeps the calling thread where it is. Linux wakes a thread on its waker's CPU if the others look busy, as halted ones
+// do to a virtual machine, and takes some 10 ms to part the two: longer than a short prompt.
+class StayHere {
+ public:
+#if defined(__linux__)
+  StayHere() {
+    CPU_ZERO(&here_);
+    CPU_SET(current_cpu(), &here_);
+    is_set_ = sched_getaffinity(0, sizeof allowed_, &allowed_) == 0 && sched_setaffinity(0, sizeof here_, &here_) == 0;
+  }
+  ~StayHere() {
+    cpu_set_t now;
+    const bool is_here = is_set_ && sched_getaffinity(0, sizeof now, &now) == 0 && CPU_EQUAL(&now, &here_);
+    if (is_here) sched_setaffinity(0, sizeof allowed_, &allowed_);  // else somebody else has placed this thread
+  }
+
+ private:
+  cpu_set_t here_, allowed_;
+  bool is_set_;
+#endif
+};
+
 }  // namespace
 
 Team::Team(int count) : count_(count) { start(); }
@@ -75,6 +105,7 @@ void Team::run(void (*task)(void* context, Lane lane), void* context) {
   if (owner_ != getpid()) start();  // forked: the child needs workers of its own
   task_ = task;
   context_ = context;
+  arrivals_[0].cpu.store(current_cpu(), std::memory_order_relaxed);
   tasks_.advance();
   task(context, {0, count_});
   barrier({0, count_});
@@ -91,11 +122,33 @@ Threads Team::threads() {
 
 void Team::work(int index, uint32_t seen) {
   while (true) {
-    tasks_.await(++seen);
+    const bool has_slept = tasks_.await(++seen);
     if (stopping_) return;
+    if (has_slept) spread(index);
     task_(context_, {index, count_});
     barrier({index, count_});
   }
+}
+
+void Team::spread(int index) {
+#if defined(__linux__)
+  int cpu = current_cpu();
+  const auto is_here = [&](const Counter& lane) { return lane.cpu == cpu; };
+  cpu_set_t allowed;
+  if (std::any_of(&arrivals_[0], &arrivals_[index], is_here) && sched_getaffinity(0, sizeof allowed, &allowed) == 0) {
+    cpu_set_t vacant = allowed;
+    for (int lane = 0; lane < count_; ++lane) {
+      if (lane != index && arrivals_[lane].cpu >= 0) CPU_CLR(arrivals_[lane].cpu, &vacant);
+    }
+    if (CPU_COUNT(&vacant) > 0 && sched_setaffinity(0, sizeof vacant, &vacant) == 0) {
+      sched_setaffinity(0, sizeof allowed, &allowed);
+      cpu = current_cpu();
+    }
+  }
+  arrivals_[index].cpu = cpu;
+#else
+  static_cast<void>(index);
+#endif
 }
 
 // Every lane moves its own counter and watches the others': one transfer of a cache line where a shared one has two.
@@ -113,25 +166,27 @@ void Team::Counter::advance() {
   if (num_sleeping.load(std::memory_order_seq_cst) > 0) wake_all(value);
 }
 
-void Team::Counter::await(uint32_t wanted) {
+bool Team::Counter::await(uint32_t wanted) {
   const auto is_there = [&] { return static_cast<int32_t>(value.load(std::memory_order_seq_cst) - wanted) >= 0; };
   for (int spins = 0; spins < patience; ++spins) {
     if (is_there()) {
       patience = std::min(2 * patience, kMostSpins);
-      return;
+      return false;
     }
     pause();
   }
   patience = std::max(patience / 2, kFewestSpins);
   for (int yields = 0; yields < kYields; ++yields) {
-    if (is_there()) return;
+    if (is_there()) return false;
     sched_yield();
   }
+  [[maybe_unused]] const StayHere place{};
   num_sleeping.fetch_add(1, std::memory_order_seq_cst);
   for (uint32_t now = value; !is_there(); now = value) {
     if (static_cast<int32_t>(now - wanted) < 0) sleep_while(value, now);
   }
   num_sleeping.fetch_sub(1, std::memory_order_seq_cst);
+  return true;
 }
 
 }  // namespace inferneo

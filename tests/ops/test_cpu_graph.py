@@ -213,6 +213,23 @@ def test_idle_team_sleeps_and_ends_with_its_owner() -> None:
 
 
 @linux_only
+@pytest.mark.skipif(available_cores() < 2, reason="a thread has no choice of cores")
+def test_worker_that_somebody_moves_stays_there() -> None:
+    known = threads_now()
+    ops = CpuOps(num_threads=2)
+    weight = ops.prepare(Linear((Segment(torch.randn(300, 48)),), 48))
+    assert awaited(lambda: list(worker_states(known).values()) == ["S"])
+    worker = int((threads_now() - known).pop())
+    (bed,) = os.sched_getaffinity(worker)  # it sleeps where it was, whoever wakes it
+    chosen = max(os.sched_getaffinity(0) - {bed})
+    os.sched_setaffinity(worker, {chosen})
+    for _ in range(3):
+        ops.linear_add(torch.randn(5, 48), weight, None)
+        assert awaited(lambda: list(worker_states(known).values()) == ["S"])
+        assert os.sched_getaffinity(worker) == {chosen}
+
+
+@linux_only
 def test_closed_engine_has_no_threads(tiny_engine: Any) -> None:
     known = threads_now()
     engine = tiny_engine(num_threads=4)
