@@ -15,7 +15,8 @@ constexpr int64_t kPrefetchNear = 1024;
 constexpr int64_t kPrefetchFar = 16384;
 constexpr int64_t kSlabBytes = int64_t{384} << 10;  // of activations: they share a 1 MiB L2 with the weights
 
-// Activations' codes: adding 1.5 * 2**23 rounds to nearest even; below this largest (1e-30f) 127 / largest could overflow.
+// Activations' codes: adding 1.5 * 2**23 rounds to nearest even; below this largest (1e-30f) 127 / largest could
+// overflow.
 constexpr float kRoundCode = 12582912.0f;
 constexpr uint32_t kSmallestLargest = 0x0da24260;
 
