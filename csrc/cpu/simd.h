@@ -90,19 +90,8 @@ INFERNEO_INLINE Vec load(const Code* x) { return Vec{to_float(x[0]), to_float(x[
 
 INFERNEO_INLINE Vec larger(Vec a, Vec b) { return a > b ? a : b; }
 
-// exp_float of every lane, bit for bit.
-INFERNEO_INLINE Vec exp_lanes(Vec d) {
-  typedef int32_t Ints __attribute__((vector_size(4 * INFERNEO_LANES)));
-  d = larger(d, splat(kLowestExponent));
-  const Vec n = (d * kLog2E + kRoundToInt) - kRoundToInt;
-  const Vec r = (d - n * kLn2High) - n * kLn2Low;
-  Vec fraction;
-  exp_polynomial(r, fraction);
-  return fraction * reinterpret_cast<Vec>((__builtin_convertvector(n, Ints) + 127) << 23);
-}
-
-// exp(d) for d <= 0, as accurate and with half the instructions: multiply-adds are fused, and the power of two is added
-// to the exponent's bits. What is below kLowestExponent counts as that.
+// exp(d) for d <= 0, as accurate as exp_float with half its instructions: multiply-adds are fused, and the power of two
+// is added to the exponent's bits. What is below kLowestExponent counts as that.
 INFERNEO_INLINE Vec exp_fused(Vec d) {
   d = larger(d, splat(kLowestExponent));
   const Vec shifted = fma(d, splat(kLog2E), splat(kRoundToInt));  // its last bits are the power
