@@ -50,6 +50,11 @@ struct Granules {
     prefetch(places + first / kGranule, first % kGranule * row_bytes() + d * kSize * kLanes, kLanes / 4);
     load_words(row(first) + d * kSize, row_bytes(), words);
   }
+  // Asks for the keys from `first` on, kLanes of them, line after line: `words` hops from row to row, and an order that
+  // is not the memory's keeps the hardware's prefetchers from running ahead.
+  INFERNEO_INLINE void touch(int64_t first) const {
+    for (int64_t i = 0; i < kLanes * row_bytes(); i += 64) __builtin_prefetch(row(first) + i, 0, 3);
+  }
   // Dimension d of the keys from `first` on.
   INFERNEO_INLINE Vec column(int64_t first, int64_t d) const {
     float column[kLanes];
@@ -73,6 +78,7 @@ INFERNEO_INLINE void add_products(const float* factors, int64_t stride, const Ve
 // scores[r, j] = queries[r] * key `first` + j, for num_rows rows and num_vecs vectors of keys.
 template <class T, int64_t num_rows, int64_t num_vecs>
 INFERNEO_INLINE void score_block(const float* queries, const Granules<T>& keys, int64_t first, float* scores) {
+  for (int64_t n = 0; n < num_vecs; ++n) keys.touch(first + n * kLanes);
   Vec sums[num_rows][num_vecs] = {};
   Vec columns[num_vecs];
   int64_t d = 0;
