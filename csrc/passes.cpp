@@ -216,7 +216,7 @@ Isa best_isa() {
   __builtin_cpu_init();
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
       __builtin_cpu_supports("avx512vl")) {
-    return Isa::kAvx512;
+    return __builtin_cpu_supports("avx512bf16") ? Isa::kAvx512Bf16 : Isa::kAvx512;
   }
   if (__builtin_cpu_supports("avx2")) return Isa::kAvx2;
 #endif
@@ -227,6 +227,8 @@ Isa best_isa() {
 
 const char* isa_name(Isa isa) {
   switch (isa) {
+    case Isa::kAvx512Bf16:
+      return "avx512bf16";
     case Isa::kAvx512:
       return "avx512";
     case Isa::kAvx2:
@@ -240,20 +242,20 @@ Isa cpu_isa() {
   static const Isa best = best_isa();
   const char* requested = std::getenv("INFERNEO_CPU_ISA");
   if (requested == nullptr || *requested == '\0') return best;
-  for (const Isa isa : {Isa::kScalar, Isa::kAvx2, Isa::kAvx512}) {
+  for (const Isa isa : {Isa::kScalar, Isa::kAvx2, Isa::kAvx512, Isa::kAvx512Bf16}) {
     if (std::string(requested) != isa_name(isa)) continue;
     if (isa <= best) return isa;
     throw std::runtime_error("BackendUnavailable: INFERNEO_CPU_ISA is '" + std::string(requested) +
                              "'; this machine runs up to '" + isa_name(best) + "' (unset it)");
   }
   throw std::runtime_error("BackendUnavailable: INFERNEO_CPU_ISA is '" + std::string(requested) +
-                           "'; it is scalar, avx2 or avx512 (unset it for the best)");
+                           "'; it is scalar, avx2, avx512 or avx512bf16 (unset it for the best)");
 }
 
 template <class T>
 const Passes<T>& passes(Isa isa) {
 #if defined(__x86_64__)
-  if (isa == Isa::kAvx512) return avx512::kPasses<T>;
+  if (isa >= Isa::kAvx512) return avx512::kPasses<T>;
   if (isa == Isa::kAvx2) return avx2::kPasses<T>;
 #endif
   static_cast<void>(isa);
@@ -265,7 +267,7 @@ template const Passes<BFloat16>& passes<BFloat16>(Isa isa);
 
 const ListPasses& list_passes(Isa isa) {
 #if defined(__x86_64__)
-  if (isa == Isa::kAvx512) return avx512::kListPasses;
+  if (isa >= Isa::kAvx512) return avx512::kListPasses;
   if (isa == Isa::kAvx2) return avx2::kListPasses;
 #endif
   static_cast<void>(isa);

@@ -47,7 +47,7 @@ struct ListPasses {
   TokenKey (*draw)(const TokenKey* tokens, int64_t count, const DrawKey& key);
 };
 
-enum class Isa { kScalar, kAvx2, kAvx512 };
+enum class Isa { kScalar, kAvx2, kAvx512, kAvx512Bf16 };  // each has all that those before it have
 
 // The best instruction set of this machine, or the one that INFERNEO_CPU_ISA names.
 // Throws std::runtime_error if the variable holds something else or the machine lacks what it asks for.

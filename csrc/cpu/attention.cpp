@@ -89,8 +89,9 @@ class Item {
     queries_ = scratch + attention_scratch(head_dim);
     copies_ = reinterpret_cast<std::byte*>(scratch + attend_floats(head_dim));
     const float factor = 1.0f / std::sqrt(static_cast<float>(head_dim));
+    const auto scale_query = task.kernels.scale_query[static_cast<int>(task.cache.type)];
     for (int64_t r = 0; r < work.count; ++r) {
-      task.kernels.scale(task.q + row_offset(r), factor, head_dim, queries_ + r * head_dim);
+      scale_query(task.q + row_offset(r), factor, head_dim, queries_ + r * head_dim);
     }
   }
 

@@ -2,12 +2,17 @@
 //
 // One rule gives its bit-identity: whatever shares a tile with a row, the row's scores are chains of fused
 // multiply-adds over ascending dimensions, its values chains over ascending keys, and a key that the row does not see
-// adds an exact zero. Few rows, as in a decode, take keys and values straight from the cache; many share a copy in
-// fp32.
+// adds an exact zero. Few rows, as in a decode, take keys and values straight from the cache; many share a copy, in
+// fp32 or in pairs.
+//
+// Over a cache in bf16, queries and weights are bf16, too: products are exact, and the sum of weights is that of the
+// rounded ones. AVX512-BF16 multiplies pairs of dimensions (keys, for the values) and adds the second product, then the
+// first, each with a rounding of its own; so every other instruction set takes two fused multiply-adds in that order,
+// and has the same bits. Only what is below 2**-126 may differ: the instruction takes it for 0.
 //
 // Source: FlashAttention-2, arXiv 2307.08691; PagedAttention, arXiv 2309.06180.
 
-#include "simd.h"
+#include "cache_words.h"
 
 constexpr int64_t kColumns = kLanes == 16 ? 4 : 2;                 // vectors a micro-kernel is wide: what
 constexpr int64_t kRows = kLanes == 16 ? 6 : kLanes == 8 ? 4 : 3;  // the registers hold, with one to spare
@@ -21,6 +26,17 @@ INFERNEO_INLINE void with_constant(int64_t count, F f) {
     if (count < kMost) return with_constant<kMost - 1>(count, f);
   }
   f(std::integral_constant<int64_t, kMost>{});
+}
+
+// Numbers that one product takes of either side.
+template <class T>
+constexpr int64_t kPerProduct = kInPairs<T> ? 2 : 1;
+
+// The k-th of the `count` products of a chain.
+template <class T>
+INFERNEO_INLINE int64_t in_turn(int64_t k, int64_t count) {
+  if constexpr (!std::is_same_v<T, BFloat16> || kInPairs<T>) return k;
+  return (k ^ 1) < count ? k ^ 1 : k;
 }
 
 // Asks for `count` lines, `offset` on, of the granule that will be read kAhead later: a few lines at a time between the
@@ -55,29 +71,38 @@ struct Granules {
   INFERNEO_INLINE void touch(int64_t first) const {
     for (int64_t i = 0; i < kLanes * row_bytes(); i += 64) __builtin_prefetch(row(first) + i, 0, 3);
   }
-  // Dimension d of the keys from `first` on.
+  // Dimension d of the keys from `first` on, or the pair it begins.
   INFERNEO_INLINE Vec column(int64_t first, int64_t d) const {
     float column[kLanes];
-    for (int64_t j = 0; j < kLanes; ++j) column[j] = to_float(load_as<T>(row(first + j) + d * kSize));
+    for (int64_t j = 0; j < kLanes; ++j) {
+      const char* const place = row(first + j) + d * kSize;
+      if constexpr (kInPairs<T>) {
+        const uint32_t second = d + 1 < head_dim ? load_as<uint16_t>(place + kSize) : 0;
+        column[j] = bits_float(load_as<uint16_t>(place) | second << 16);
+      } else {
+        column[j] = to_float(load_as<T>(place));
+      }
+    }
     return load(column);
   }
 };
 
-// sums[r] += factors[r * stride] * columns.
-template <int64_t num_rows, int64_t num_columns>
+// sums[r] += factors[r * stride] * columns, words of the cache type T's kind.
+template <class T, int64_t num_rows, int64_t num_columns>
 INFERNEO_INLINE void add_products(const float* factors, int64_t stride, const Vec (&columns)[num_columns],
                                   Vec (&sums)[num_rows][num_columns]) {
 #pragma GCC unroll 6
   for (int64_t r = 0; r < num_rows; ++r) {
-    const Vec factor = splat(factors[r * stride]);
+    const Vec factor = broadcast<T>(factors + r * stride);
 #pragma GCC unroll 4
-    for (int64_t n = 0; n < num_columns; ++n) sums[r][n] = fma(factor, columns[n], sums[r][n]);
+    for (int64_t n = 0; n < num_columns; ++n) sums[r][n] = add_product<T>(factor, columns[n], sums[r][n]);
   }
 }
 
 // scores[r, j] = queries[r] * key `first` + j, for num_rows rows and num_vecs vectors of keys.
 template <class T, int64_t num_rows, int64_t num_vecs>
 INFERNEO_INLINE void score_block(const float* queries, const Granules<T>& keys, int64_t first, float* scores) {
+  constexpr int64_t kNumProducts = keys.kElements / kPerProduct<T>;
   for (int64_t n = 0; n < num_vecs; ++n) keys.touch(first + n * kLanes);
   Vec sums[num_rows][num_vecs] = {};
   Vec columns[num_vecs];
@@ -87,15 +112,17 @@ INFERNEO_INLINE void score_block(const float* queries, const Granules<T>& keys, 
 #pragma GCC unroll 2
     for (int64_t n = 0; n < num_vecs; ++n) keys.words(first + n * kLanes, d, words[n]);
 #pragma GCC unroll 16
-    for (int64_t i = 0; i < keys.kElements; ++i) {
+    for (int64_t i = 0; i < kNumProducts; ++i) {
+      const int64_t k = in_turn<T>(i, kNumProducts);
 #pragma GCC unroll 2
-      for (int64_t n = 0; n < num_vecs; ++n) columns[n] = element<T>(words[n], i);
-      add_products<num_rows>(queries + d + i, keys.head_dim, columns, sums);
+      for (int64_t n = 0; n < num_vecs; ++n) columns[n] = element<T>(words[n], k);
+      add_products<T, num_rows>(queries + d / kPerProduct<T> + k, keys.head_dim, columns, sums);
     }
   }
-  for (; d < keys.head_dim; ++d) {
-    for (int64_t n = 0; n < num_vecs; ++n) columns[n] = keys.column(first + n * kLanes, d);
-    add_products<num_rows>(queries + d, keys.head_dim, columns, sums);
+  for (int64_t i = 0; d + i < keys.head_dim; i += kPerProduct<T>) {
+    const int64_t k = d + in_turn<T>(i, keys.head_dim - d);
+    for (int64_t n = 0; n < num_vecs; ++n) columns[n] = keys.column(first + n * kLanes, k);
+    add_products<T, num_rows>(queries + k / kPerProduct<T>, keys.head_dim, columns, sums);
   }
 #pragma GCC unroll 6
   for (int64_t r = 0; r < num_rows; ++r) {
@@ -115,7 +142,7 @@ void score_keys(const float* queries, const Granules<T>& keys, int64_t num_keys,
   for (; first < num_keys; first += kLanes) score_block<T, num_rows, 1>(queries, keys, first, scores);
 }
 
-// out[d, j] = key j's dimension d; count in whole granules.
+// out[d, j] = key j's dimension d, or pair d; count in whole granules.
 template <class T>
 void widen_keys(const Granules<T>& keys, int64_t count, float* out) {
   for (int64_t first = 0; first < count; first += kLanes) {
@@ -124,9 +151,13 @@ void widen_keys(const Granules<T>& keys, int64_t count, float* out) {
       Words words[4];
       keys.words(first, d, words);
 #pragma GCC unroll 16
-      for (int64_t i = 0; i < keys.kElements; ++i) store(out + (d + i) * kKeyTile + first, element<T>(words, i));
+      for (int64_t i = 0; i < keys.kElements / kPerProduct<T>; ++i) {
+        store(out + (d / kPerProduct<T> + i) * kKeyTile + first, element<T>(words, i));
+      }
     }
-    for (; d < keys.head_dim; ++d) store(out + d * kKeyTile + first, keys.column(first, d));
+    for (; d < keys.head_dim; d += kPerProduct<T>) {
+      store(out + d / kPerProduct<T> * kKeyTile + first, keys.column(first, d));
+    }
   }
 }
 
@@ -143,8 +174,32 @@ void widen_values(const Granules<T>& values, int64_t count, float* out) {
   }
 }
 
-// c[r, n] (+)= the sum over ascending k of a[r, k] * b[k, n], n over num_columns vectors.
-template <int64_t num_rows, int64_t num_columns>
+#if INFERNEO_BF16_DOT
+// out[j, d] = dimension d of values 2 * j and 2 * j + 1.
+template <>
+void widen_values(const Granules<BFloat16>& values, int64_t count, float* out) {
+  const int64_t stride = padded(values.head_dim), row_bytes = values.row_bytes();
+  for (int64_t j = 0; j < count; j += 2, out += stride) {
+    prefetch(values.places + j / kGranule, j % kGranule * row_bytes, (2 * row_bytes + 63) / 64);
+    const auto* const value = reinterpret_cast<const BFloat16*>(values.row(j));
+    const auto* const next = j + 1 < count ? reinterpret_cast<const BFloat16*>(values.row(j + 1)) : nullptr;
+    int64_t d = 0;
+    for (; d + 2 * kLanes <= values.head_dim; d += 2 * kLanes) {
+      Vec pairs[2];
+      load_pairs(value + d, next == nullptr ? next : next + d, pairs);
+      for (int64_t n = 0; n < 2; ++n) store(out + d + n * kLanes, pairs[n]);
+    }
+    for (; d < stride; ++d) {
+      const bool is_inside = d < values.head_dim;
+      const uint32_t first = is_inside ? value[d].bits : 0, second = is_inside && next != nullptr ? next[d].bits : 0;
+      out[d] = bits_float(first | second << 16);
+    }
+  }
+}
+#endif
+
+// c[r, n] (+)= the sum over k of a[r, k] * b[k, n], n over num_columns vectors.
+template <class T, int64_t num_rows, int64_t num_columns>
 INFERNEO_INLINE void multiply_block(const float* a, int64_t a_stride, const float* b, int64_t b_stride, int64_t depth,
                                     bool accumulate, float* c, int64_t c_stride) {
   Vec sums[num_rows][num_columns];
@@ -155,34 +210,36 @@ INFERNEO_INLINE void multiply_block(const float* a, int64_t a_stride, const floa
       sums[r][n] = accumulate ? load(c + r * c_stride + n * kLanes) : Vec{};
     }
   }
-  for (int64_t k = 0; k < depth; ++k) {
+  for (int64_t i = 0; i < depth; ++i) {
+    const int64_t k = in_turn<T>(i, depth);
     Vec columns[num_columns];
     load_columns(b + k * b_stride, columns);
-    add_products<num_rows>(a + k, a_stride, columns, sums);
+    add_products<T, num_rows>(a + k, a_stride, columns, sums);
   }
 #pragma GCC unroll 6
   for (int64_t r = 0; r < num_rows; ++r) store_columns<float>(c + r * c_stride, sums[r]);
 }
 
-template <int64_t num_rows>
+template <class T, int64_t num_rows>
 void multiply_rows(const float* a, int64_t a_stride, const float* b, int64_t b_stride, int64_t depth, int64_t width,
                    bool accumulate, float* c, int64_t c_stride) {
   int64_t n = 0;
   for (; n + kColumns * kLanes <= width; n += kColumns * kLanes) {
-    multiply_block<num_rows, kColumns>(a, a_stride, b + n, b_stride, depth, accumulate, c + n, c_stride);
+    multiply_block<T, num_rows, kColumns>(a, a_stride, b + n, b_stride, depth, accumulate, c + n, c_stride);
   }
   for (; n < width; n += kLanes) {
-    multiply_block<num_rows, 1>(a, a_stride, b + n, b_stride, depth, accumulate, c + n, c_stride);
+    multiply_block<T, num_rows, 1>(a, a_stride, b + n, b_stride, depth, accumulate, c + n, c_stride);
   }
 }
 
-// c [num_rows, width] (+)= a [num_rows, depth] @ b [depth, width]; width in whole vectors.
+// c [num_rows, width] (+)= a [num_rows, depth] @ b [depth, width], floats or pairs; width in whole vectors.
+template <class T>
 void multiply(const float* a, int64_t a_stride, const float* b, int64_t b_stride, int64_t num_rows, int64_t depth,
               int64_t width, bool accumulate, float* c, int64_t c_stride) {
   while (num_rows > 0) {
     const int64_t rows = num_rows < kRows ? num_rows : kRows;
     with_constant<kRows>(rows, [&](auto count) {
-      multiply_rows<count>(a, a_stride, b, b_stride, depth, width, accumulate, c, c_stride);
+      multiply_rows<T, count>(a, a_stride, b, b_stride, depth, width, accumulate, c, c_stride);
     });
     a += rows * a_stride;
     c += rows * c_stride;
@@ -194,15 +251,22 @@ void multiply(const float* a, int64_t a_stride, const float* b, int64_t b_stride
 template <class T, int64_t num_rows, int64_t num_columns>
 INFERNEO_INLINE void sum_block(const float* weights, const Granules<T>& values, int64_t num_keys, int64_t d, float* out,
                                int64_t stride) {
+  constexpr int64_t kLines = (num_columns * kLanes * values.kSize + 63) / 64;
   Vec sums[num_rows][num_columns] = {};
   for (int64_t first = 0; first < num_keys; first += kGranule) {
     const int64_t end = std::min(kGranule, num_keys - first);
-    for (int64_t j = 0; j < end; ++j) {
-      const int64_t offset = j * values.row_bytes() + d * values.kSize;
-      prefetch(values.places + first / kGranule, offset, (num_columns * kLanes * values.kSize + 63) / 64);
+    for (int64_t i = 0; i < end; i += kPerProduct<T>) {
+      const int64_t j = in_turn<T>(i, end), offset = j * values.row_bytes() + d * values.kSize;
+      prefetch(values.places + first / kGranule, offset, kPerProduct<T> * kLines);
       Vec columns[num_columns];
-      load_columns(reinterpret_cast<const T*>(values.row(first) + offset), columns);
-      add_products<num_rows>(weights + first + j, kKeyChunk, columns, sums);
+      const char* const place = values.row(first) + offset;
+      if constexpr (kInPairs<T>) {
+        const char* const next = j + 1 < end ? place + values.row_bytes() : nullptr;
+        load_pairs(reinterpret_cast<const T*>(place), reinterpret_cast<const T*>(next), columns);
+      } else {
+        load_columns(reinterpret_cast<const T*>(place), columns);
+      }
+      add_products<T, num_rows>(weights + (first + j) / kPerProduct<T>, kKeyChunk, columns, sums);
     }
   }
 #pragma GCC unroll 6
@@ -219,7 +283,9 @@ void sum_values(const float* weights, const Granules<T>& values, int64_t num_key
   for (; d < values.head_dim; d += kLanes) sum_block<T, num_rows, 1>(weights, values, num_keys, d, out, stride);
 }
 
-// scores becomes exp(score - largest) for the keys a row sees, and 0 for the others up to num_columns.
+// scores becomes exp(score - largest) for the keys a row sees, and 0 for the others up to num_columns, as floats or as
+// pairs.
+template <class T>
 void softmax_row(float* scores, int64_t num_keys, int64_t num_columns, float& largest, float& sum) {
   const int64_t end = num_granules(num_keys) * kGranule;
   std::fill(scores + num_keys, scores + end, -INFINITY);
@@ -227,22 +293,17 @@ void softmax_row(float* scores, int64_t num_keys, int64_t num_columns, float& la
   for (int64_t i = kLanes; i < end; i += kLanes) most = larger(load(scores + i), most);
   largest = max_lanes(most);
   Vec sums[kSumVecs] = {};
-  const auto add = [&](int64_t i, int64_t lane) {
-    const Vec weights = exp_fused(load(scores + i + lane * kLanes) - largest);
-    store(scores + i + lane * kLanes, weights);
-    return weights;
-  };
-  const int64_t whole = num_keys / kSumLanes * kSumLanes;
-  for (int64_t i = 0; i < whole; i += kSumLanes) {
-    for (int64_t j = 0; j < kSumVecs; ++j) sums[j] += add(i, j);
-  }
-  if (end > whole) {  // exp_fused gives no zeros, so the lanes past the last key are made zero here
-    for (int64_t j = 0; j < kSumVecs; ++j) add(whole, j);
-    std::fill(scores + num_keys, scores + end, 0.0f);
-    for (int64_t j = 0; j < kSumVecs; ++j) sums[j] += load(scores + whole + j * kLanes);
+  for (int64_t i = 0; i < end; i += kSumLanes) {
+    for (int64_t j = 0; j < kSumVecs; ++j) {
+      const int64_t place = i + j * kLanes;
+      const Vec x = load(scores + place);
+      const Vec weights = x == -INFINITY ? Vec{} : exp_fused(x - largest);  // exp_fused gives no zeros
+      sums[j] += store_weights<T>(weights, place, scores);
+    }
   }
   sum = sum_lanes(sums);
-  std::fill(scores + end, scores + num_columns, 0.0f);
+  constexpr int64_t kBytes = 4 / kPerProduct<T>;  // of a weight
+  std::memset(reinterpret_cast<char*>(scores) + end * kBytes, 0, (num_columns - end) * kBytes);
 }
 
 // Brings the scales of int8 rows into what came of their codes, or is to be multiplied with them: scores and weights
@@ -271,6 +332,7 @@ void attend(const AttentionTile& tile, const AttentionState& state, float* scrat
   const Granules<T> keys{tile.granules, head_dim}, values{tile.granules + granules, head_dim};
   float* const scores = scratch;                       // [num_rows, kKeyChunk]
   float* const wide = scratch + kRowTile * kKeyChunk;  // [head_dim, kKeyTile], then [kKeyTile, padded]
+  const auto products = [](int64_t count) { return (count + kPerProduct<T> - 1) / kPerProduct<T>; };
   const bool is_few = tile.num_rows <= kRows;
   if (is_few) {
     with_constant<kRows>(tile.num_rows,
@@ -279,12 +341,13 @@ void attend(const AttentionTile& tile, const AttentionState& state, float* scrat
   for (int64_t first = 0; !is_few && first < num_columns; first += kKeyTile) {
     const int64_t count = std::min(kKeyTile, num_columns - first);
     widen_keys<T>({keys.places + first / kGranule, head_dim}, count, wide);
-    multiply(tile.queries, head_dim, wide, kKeyTile, tile.num_rows, head_dim, count, false, scores + first, kKeyChunk);
+    multiply<T>(tile.queries, head_dim, wide, kKeyTile, tile.num_rows, products(head_dim), count, false, scores + first,
+                kKeyChunk);
   }
   apply_scales(keys, tile.num_keys, tile.num_rows, scores);
   for (int64_t r = 0; r < tile.num_rows; ++r) {
     if (tile.row_keys[r] > 0) {
-      softmax_row(scores + r * kKeyChunk, tile.row_keys[r], num_columns, state.largest[r], state.sum[r]);
+      softmax_row<T>(scores + r * kKeyChunk, tile.row_keys[r], num_columns, state.largest[r], state.sum[r]);
     } else {
       std::fill_n(scores + r * kKeyChunk, num_columns, 0.0f);
     }
@@ -298,7 +361,7 @@ void attend(const AttentionTile& tile, const AttentionState& state, float* scrat
   for (int64_t first = 0; first < tile.num_keys; first += kKeyTile) {
     const int64_t count = std::min(kKeyTile, tile.num_keys - first);
     widen_values<T>({values.places + first / kGranule, head_dim}, count, wide);
-    multiply(scores + first, kKeyChunk, wide, padded(head_dim), tile.num_rows, count, padded(head_dim), first > 0,
-             state.values, state.stride);
+    multiply<T>(scores + first / kPerProduct<T>, kKeyChunk, wide, padded(head_dim), tile.num_rows, products(count),
+                padded(head_dim), first > 0, state.values, state.stride);
   }
 }

@@ -59,7 +59,7 @@ void interleave(const float* x, int64_t rows, int64_t columns, float* out, Lane 
 const LinearKernels& linear_kernels(Isa isa) {
 #if defined(__x86_64__)
   __builtin_cpu_init();
-  if (isa == Isa::kAvx512 && __builtin_cpu_supports("avx512vnni")) return kAvx512Linear;
+  if (isa >= Isa::kAvx512 && __builtin_cpu_supports("avx512vnni")) return kAvx512Linear;
   if (isa >= Isa::kAvx2 && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) return kAvx2Linear;
 #endif
   static_cast<void>(isa);

@@ -38,7 +38,7 @@ struct AttentionTile {
   int64_t num_keys;  // in [1, kKeyChunk]
   int64_t num_rows;  // in [1, kRowTile]
   int64_t head_dim;
-  const float* queries;     // [num_rows, head_dim], scaled
+  const float* queries;     // [num_rows, head_dim], as scale_query gives them
   const int64_t* row_keys;  // [num_rows]: how many keys of the chunk a row sees, at most num_keys; 0: none
 };
 
@@ -54,6 +54,8 @@ struct AttentionState {
 struct RowKernels {
   // state = this chunk's part alone. scratch: attention_scratch(head_dim) floats, 64-byte aligned.
   void (*attend[kCacheTypes])(const AttentionTile& tile, const AttentionState& state, float* scratch);
+  // out = a query times factor, as `attend` takes it: head_dim words, whose meaning is the cache type's.
+  void (*scale_query[kCacheTypes])(const float* x, float factor, int64_t head_dim, float* out);
   // One row of a state takes in the part of a later chunk.
   void (*merge)(float& largest, float& sum, float* values, float part_largest, float part_sum, const float* part_values,
                 int64_t head_dim);

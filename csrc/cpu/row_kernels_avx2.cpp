@@ -20,6 +20,7 @@
 #endif
 
 #define INFERNEO_LANES 8
+#define INFERNEO_BF16_DOT 0
 namespace inferneo {
 namespace avx2 {
 namespace {

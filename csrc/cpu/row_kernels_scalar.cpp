@@ -9,6 +9,7 @@
 #include "row_kernels.h"
 
 #define INFERNEO_LANES 4
+#define INFERNEO_BF16_DOT 0
 namespace inferneo {
 namespace scalar {
 namespace {

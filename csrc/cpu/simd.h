@@ -1,6 +1,7 @@
 // A vector of kLanes floats in the widest registers of an instruction set. Included once in each row_kernels_*.cpp, in
 // a namespace of its own and after the compiler was told the target; INFERNEO_LANES is 16 (AVX-512), 8 (AVX2 and FMA)
-// or 4 (whatever the compiler's baseline has, SSE2 and NEON among it).
+// or 4 (whatever the compiler's baseline has, SSE2 and NEON among it). INFERNEO_BF16_DOT is 1 where the machine
+// multiplies pairs of bf16 (AVX512-BF16), otherwise 0.
 
 constexpr int64_t kLanes = INFERNEO_LANES;
 
@@ -88,7 +89,11 @@ INFERNEO_INLINE Vec load(const Half* x) {
 INFERNEO_INLINE Vec load(const Code* x) { return Vec{to_float(x[0]), to_float(x[1]), to_float(x[2]), to_float(x[3])}; }
 #endif
 
+#if INFERNEO_LANES == 16
+INFERNEO_INLINE Vec larger(Vec a, Vec b) { return _mm512_maskz_max_ps(0xffff, a, b); }  // GCC 12 compares and blends
+#else
 INFERNEO_INLINE Vec larger(Vec a, Vec b) { return a > b ? a : b; }
+#endif
 
 // exp(d) for d <= 0, as accurate as exp_float with half its instructions: multiply-adds are fused, and the power of two
 // is added to the exponent's bits. What is below kLowestExponent counts as that.
@@ -139,109 +144,5 @@ INFERNEO_INLINE float max_lanes(Vec v) {
     return max_lanes<kBy / 2>(v);
   } else {
     return v[0];
-  }
-}
-
-// Sixteen bytes of rows[0], rows[4], rows[8] and so on, as many as a vector holds; `stride` bytes from row to row.
-INFERNEO_INLINE Words every_fourth(const char* rows, int64_t stride) {
-#if INFERNEO_LANES == 16
-  const auto quad = [&](int64_t i) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(rows + 4 * i * stride)); };
-  __m512i words = _mm512_castsi128_si512(quad(0));
-  words = _mm512_inserti32x4(words, quad(1), 1);
-  words = _mm512_inserti32x4(words, quad(2), 2);
-  return reinterpret_cast<Words>(_mm512_inserti32x4(words, quad(3), 3));
-#elif INFERNEO_LANES == 8
-  const auto quad = [&](int64_t i) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(rows + 4 * i * stride)); };
-  return reinterpret_cast<Words>(_mm256_inserti128_si256(_mm256_castsi128_si256(quad(0)), quad(1), 1));
-#else
-  Words words;
-  __builtin_memcpy(&words, rows, sizeof words);
-  static_cast<void>(stride);
-  return words;
-#endif
-}
-
-// In each group of four words: the first two of a and of b in turns, or the last two.
-template <int kFirst, int... kIndex>
-INFERNEO_INLINE Words zip_words(Words a, Words b, std::integer_sequence<int, kIndex...>) {
-  return __builtin_shufflevector(a, b,
-                                 (kIndex / 4 * 4 + kFirst + kIndex % 4 / 2 + kIndex % 2 * static_cast<int>(kLanes))...);
-}
-
-// In each pair of double words: the first of a and of b, or the last.
-template <int kFirst, int... kIndex>
-INFERNEO_INLINE Words zip_pairs(Words a, Words b, std::integer_sequence<int, kIndex...>) {
-  typedef uint64_t Pairs __attribute__((vector_size(4 * INFERNEO_LANES)));
-  return reinterpret_cast<Words>(
-      __builtin_shufflevector(reinterpret_cast<Pairs>(a), reinterpret_cast<Pairs>(b),
-                              (kIndex / 2 * 2 + kFirst + kIndex % 2 * static_cast<int>(kLanes / 2))...));
-}
-
-// words[i] = word i of the first sixteen bytes of each of kLanes rows.
-INFERNEO_INLINE void load_words(const char* rows, int64_t stride, Words (&words)[4]) {
-  constexpr std::make_integer_sequence<int, static_cast<int>(kLanes)> kWords{};
-  constexpr std::make_integer_sequence<int, static_cast<int>(kLanes / 2)> kPairs{};
-  const Words a = every_fourth(rows, stride), b = every_fourth(rows + stride, stride);
-  const Words c = every_fourth(rows + 2 * stride, stride), d = every_fourth(rows + 3 * stride, stride);
-  const Words ab = zip_words<0>(a, b, kWords), cd = zip_words<0>(c, d, kWords);
-  const Words ab_last = zip_words<2>(a, b, kWords), cd_last = zip_words<2>(c, d, kWords);
-  words[0] = zip_pairs<0>(ab, cd, kPairs);
-  words[1] = zip_pairs<1>(ab, cd, kPairs);
-  words[2] = zip_pairs<0>(ab_last, cd_last, kPairs);
-  words[3] = zip_pairs<1>(ab_last, cd_last, kPairs);
-}
-
-// Element i of the sixteen bytes that load_words gave, of every row.
-template <class T>
-INFERNEO_INLINE Vec element(const Words (&words)[4], int64_t i) {
-  if constexpr (std::is_same_v<T, float>) {
-    return reinterpret_cast<Vec>(words[i]);
-  } else if constexpr (std::is_same_v<T, BFloat16>) {
-    return reinterpret_cast<Vec>(i % 2 == 0 ? words[i / 2] << 16 : words[i / 2] & 0xffff0000u);
-  } else if constexpr (std::is_same_v<T, Code>) {
-    typedef int32_t Ints __attribute__((vector_size(4 * INFERNEO_LANES)));
-    return __builtin_convertvector(reinterpret_cast<Ints>(words[i / 4] << (24 - i % 4 * 8)) >> 24, Vec);
-  } else {
-    typedef uint16_t Halves __attribute__((vector_size(2 * INFERNEO_LANES)));
-    const Halves halves = __builtin_convertvector(words[i / 2] >> (i % 2 * 16), Halves);
-    return load(reinterpret_cast<const Half*>(&halves));
-  }
-}
-
-// A row's elements as vectors of floats, in the order that is the cheapest to make: of bf16 the even elements of two
-// vectors, then the odd ones. store_columns brings sums of such vectors into their places.
-template <class T, int64_t num>
-INFERNEO_INLINE void load_columns(const T* row, Vec (&columns)[num]) {
-  if constexpr (std::is_same_v<T, BFloat16> && num % 2 == 0) {
-#pragma GCC unroll 2
-    for (int64_t n = 0; n < num; n += 2) {
-      Words pairs;
-      __builtin_memcpy(&pairs, row + n * kLanes, sizeof pairs);
-      columns[n] = reinterpret_cast<Vec>(pairs << 16);
-      columns[n + 1] = reinterpret_cast<Vec>(pairs & 0xffff0000u);
-    }
-  } else {
-#pragma GCC unroll 4
-    for (int64_t n = 0; n < num; ++n) columns[n] = load(row + n * kLanes);
-  }
-}
-
-template <int kFirst, int... kIndex>
-INFERNEO_INLINE Vec in_turns(Vec even, Vec odd, std::integer_sequence<int, kIndex...>) {
-  return __builtin_shufflevector(even, odd, (kFirst + kIndex / 2 + kIndex % 2 * static_cast<int>(kLanes))...);
-}
-
-template <class T, int64_t num>
-INFERNEO_INLINE void store_columns(float* out, const Vec (&columns)[num]) {
-  constexpr std::make_integer_sequence<int, static_cast<int>(kLanes)> kIndices{};
-  if constexpr (std::is_same_v<T, BFloat16> && num % 2 == 0) {
-#pragma GCC unroll 2
-    for (int64_t n = 0; n < num; n += 2) {
-      store(out + n * kLanes, in_turns<0>(columns[n], columns[n + 1], kIndices));
-      store(out + (n + 1) * kLanes, in_turns<static_cast<int>(kLanes / 2)>(columns[n], columns[n + 1], kIndices));
-    }
-  } else {
-#pragma GCC unroll 4
-    for (int64_t n = 0; n < num; ++n) store(out + n * kLanes, columns[n]);
   }
 }

@@ -22,11 +22,12 @@ class CpuOps:
     """The CPU backend: the verbs of `ops/base.py`, where their contracts stand, in C++.
 
     Activations are fp32 whatever the checkpoint's dtype; weights stay as they are stored, quantised ones included, and
-    are multiplied with activations quantised to int8 in blocks of 32. A token's bits depend neither on its batch, nor
-    on how its prompt was cut, nor on the number of threads.
+    are multiplied with activations quantised to int8 in blocks of 32. Over a cache in bf16, attention rounds queries
+    and softmax weights to bf16. A token's bits depend neither on its batch, nor on how its prompt was cut, nor on the
+    number of threads.
 
-    The environment variable INFERNEO_CPU_ISA (scalar, avx2 or avx512) overrides the instruction set that is chosen
-    for this machine; it is read at every call.
+    The environment variable INFERNEO_CPU_ISA (scalar, avx2, avx512 or avx512bf16) overrides the instruction set that
+    is chosen for this machine; it is read at every call.
 
     Args:
         num_threads: threads that compute, the caller's among them; None takes the cores that this process may use.

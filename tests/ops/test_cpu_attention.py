@@ -16,7 +16,7 @@ from inferneo_core.ops.base import CacheLayer
 from inferneo_core.ops.cpu_ops import CpuOps
 from inferneo_core.ops.torch_ops import TorchOps
 
-ISAS = ("scalar", "avx2", "avx512")
+ISAS = ("scalar", "avx2", "avx512", "avx512bf16")
 # (query_len, seq_len) of each sequence: decodes, chunked prefills and whole prompts, about chunks of 256 keys.
 RAGGED = ((1, 1), (300, 300), (1, 700), (3, 5), (1, 256), (1, 257), (17, 520), (40, 600), (2, 259))
 
@@ -59,7 +59,7 @@ class Sequences:
         return self.step(*((seq, 0, query_len) for seq, (query_len, _) in enumerate(self.lens)))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.int8])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.int8])  # bf16: test_bf16_cache.py
 @pytest.mark.parametrize(
     ("num_heads", "num_kv_heads", "head_dim", "block_size"),
     [(9, 3, 64, 16), (6, 2, 14, 4), (4, 4, 80, 5), (7, 1, 16, 16), (8, 2, 128, 32), (50, 1, 8, 1)],
@@ -79,7 +79,7 @@ def unwritten(dtype: torch.dtype) -> float:
     return -1 if dtype == torch.int8 else float("nan")
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.int8])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8])
 def test_attention_reads_no_slot_that_was_never_written(cpu: CpuOps, dtype: torch.dtype) -> None:
     sequences = Sequences(((1, 19), (5, 5)), 6, 2, 64, 16, dtype)
     q, metadata = sequences.whole()
@@ -143,7 +143,7 @@ def test_attention_gives_the_same_bits_for_any_block_size(cpu: CpuOps, block_siz
 
 
 @pytest.mark.parametrize("num_threads", [1, 3, 5])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.int8])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8])
 def test_attention_gives_the_same_bits_for_any_number_of_threads(
     cpu: CpuOps, num_threads: int, dtype: torch.dtype
 ) -> None:

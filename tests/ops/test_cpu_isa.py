@@ -62,6 +62,7 @@ CASES: dict[str, Callable[[CpuOps], Tensor]] = {
     "qkv_rope_store_fp16": lambda ops: qkv_rope_store(ops, torch.float16),
     "qkv_rope_store_int8": lambda ops: qkv_rope_store(ops, torch.int8),
     "attention_bf16": lambda ops: attention(ops, 64, torch.bfloat16),
+    "attention_bf16_odd": lambda ops: attention(ops, 21, torch.bfloat16),
     "attention_fp16": lambda ops: attention(ops, 20, torch.float16),
     "attention_fp32": lambda ops: attention(ops, 48, torch.float32),
     "attention_int8": lambda ops: attention(ops, 64, torch.int8),
@@ -69,7 +70,7 @@ CASES: dict[str, Callable[[CpuOps], Tensor]] = {
 }
 
 
-@pytest.mark.parametrize("isa", ["avx2", "avx512"])
+@pytest.mark.parametrize("isa", ["avx2", "avx512", "avx512bf16"])
 @pytest.mark.parametrize("case", CASES)
 def test_verb_gives_the_scalar_bits(case: str, isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("INFERNEO_CPU_ISA", "scalar")

@@ -21,6 +21,7 @@ SOURCES = (
     "cpu/row_kernels_scalar.cpp",
     "cpu/row_kernels_avx2.cpp",
     "cpu/row_kernels_avx512.cpp",
+    "cpu/row_kernels_avx512bf16.cpp",
     "cpu/team.cpp",
     "passes.cpp",
 )
@@ -41,7 +42,7 @@ def program(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     return path
 
 
-@pytest.mark.parametrize("isa", ["scalar", "avx2", "avx512"])
+@pytest.mark.parametrize("isa", ["scalar", "avx2", "avx512", "avx512bf16"])
 def test_attention_is_clean_under_the_sanitizers(program: Path, isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("INFERNEO_CPU_ISA", isa)
     try:

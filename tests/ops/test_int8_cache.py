@@ -27,7 +27,7 @@ ENGINES: tuple[dict[str, Any], ...] = (  # of a tiny model on CpuOps: all give t
 )
 
 
-@pytest.fixture(params=["scalar", "avx2", "avx512"])
+@pytest.fixture(params=["scalar", "avx2", "avx512", "avx512bf16"])
 def cpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> CpuOps:
     monkeypatch.setenv("INFERNEO_CPU_ISA", request.param)
     try:

@@ -19,7 +19,7 @@ MakeLinear = Callable[..., Linear]
 EPS = 1e-5
 
 
-@pytest.fixture(params=["torch", "cpu-scalar", "cpu-avx2", "cpu-avx512"])
+@pytest.fixture(params=["torch", "cpu-scalar", "cpu-avx2", "cpu-avx512", "cpu-avx512bf16"])
 def verbs(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Ops:
     """Each backend and instruction set that this machine has; two lanes share the work where there are lanes."""
     backend, _, isa = request.param.partition("-")
