@@ -222,7 +222,7 @@ class AsyncTokenStream:
         return self._stream.is_paused
 
     def completion(self) -> Completion:
-        """The whole answer so far; "abort" as finish_reason if the stream has not ended by itself."""
+        """The answer as far as it was read; "abort" as finish_reason if that is not to its own end."""
         return self._stream.completion()
 
     def read_ready(self) -> list[TokenOutput]:

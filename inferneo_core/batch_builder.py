@@ -142,7 +142,7 @@ class BatchBuilder:
         rows = [self._row(share.sequence) for share in batch.sequences]
         self._decode.write(batch.sequences)
         views = self._decode.views(len(rows))
-        max_seq_len = max(share.start for share in batch.sequences) + 1
+        max_seq_len = max(share.start for share in batch.sequences) + batch.num_steps
         # With the block of the token to be drawn, as in model_input.
         tables = self._tables(rows, max_seq_len // self._block_size + 1)
         attention = AttentionMetadata(views.query_start_loc, views.seq_lens, tables, 1, max_seq_len)
