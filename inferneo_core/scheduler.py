@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from bisect import bisect_left, insort
 from collections import abc
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from operator import attrgetter
 from typing import NamedTuple
 
@@ -66,7 +66,7 @@ class ScheduledBatch:
 
     def ahead(self, num_tokens: int) -> ScheduledBatch:
         """A step of the same sequences, each so many tokens further."""
-        shares = (share._replace(start=share.start + num_tokens) for share in self.sequences)
+        shares = [ScheduledSequence(seq, start + num_tokens, n, samples) for seq, start, n, samples in self.sequences]
         return ScheduledBatch(tuple(shares), self.num_tokens)
 
 
@@ -143,7 +143,10 @@ class Scheduler:
         works out a token's slot while it draws it. A sequence that ends with the token that `batch` draws is in it for
         nothing.
         """
-        if self._num_unseen(batch) < 2 or self._num_slots(batch) < 2:
+        block_size = self.block_manager.block_size
+        if self._num_unseen(batch, 2) < 2:
+            return None
+        if any(start + 1 >= len(seq.block_table) * block_size for seq, start, _, _ in batch.sequences):
             return None
         if not all(self.block_manager.allocate(share.sequence, share.start + 3) for share in batch.sequences):
             return None
@@ -156,31 +159,28 @@ class Scheduler:
         Nobody is preempted for it: where blocks are short, it ends with those that are there. A sequence that ends
         before its last step is in the rest for nothing.
         """
-        num_steps = min(num_steps, self._num_unseen(batch))
+        num_steps = self._num_unseen(batch, num_steps)
         if num_steps < 2 or any(not seq.num_output_tokens or _needs_host(seq) for seq, _, _, _ in batch.sequences):
             return batch
-        for share in batch.sequences:
-            self.block_manager.allocate(share.sequence, share.start + num_steps)
-        return replace(batch, num_steps=min(num_steps, self._num_slots(batch)))
+        block_size = self.block_manager.block_size
+        for seq, start, _, _ in batch.sequences:
+            if start + num_steps > len(seq.block_table) * block_size:
+                self.block_manager.allocate(seq, start + num_steps)
+                num_steps = min(num_steps, len(seq.block_table) * block_size - start)
+        return ScheduledBatch(batch.sequences, batch.num_tokens, num_steps)
 
-    def _num_unseen(self, batch: ScheduledBatch) -> int:
-        """How many tokens each sequence may draw, from `batch` on, before the scheduler must know one.
+    def _num_unseen(self, batch: ScheduledBatch, most: int) -> int:
+        """How many tokens each sequence may draw, from `batch` on, before the scheduler must know one; `most` at most.
 
         One, unless every running sequence decodes and nobody could be admitted; and none that max_tokens forbids.
         """
         if len(batch.sequences) != len(self._running) or (self._waiting and len(self._running) < self.max_num_running):
             return 1
-        if not all(
-            samples and num_tokens == 1 and seq.status is SequenceStatus.RUNNING
-            for seq, _, num_tokens, samples in batch.sequences
-        ):
-            return 1
-        return min(seq.num_prompt_tokens + seq.max_tokens - start - 1 for seq, start, _, _ in batch.sequences)
-
-    def _num_slots(self, batch: ScheduledBatch) -> int:
-        """How many tokens each sequence can compute, from `batch` on, in the blocks that it has."""
-        block_size = self.block_manager.block_size
-        return min(len(seq.block_table) * block_size - start for seq, start, _, _ in batch.sequences)
+        for seq, start, num_tokens, samples in batch.sequences:
+            if not samples or num_tokens != 1 or seq.status is not SequenceStatus.RUNNING:
+                return 1
+            most = min(most, seq.num_prompt_tokens + seq.max_tokens - start - 1)
+        return most
 
     def update(self, batch: ScheduledBatch, token_ids: abc.Sequence[int]) -> None:
         """Count a step as done: its keys and values are in the cache and its tokens are drawn.

@@ -312,13 +312,26 @@ def counting(graph: CpuGraph, monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def test_decode_runs_the_last_step_again(tiny_engine: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One call a burst; its arguments are new only where a sequence begins, ends or takes a block."""
-    engine = tiny_engine(block_size=16)
+    """One call a burst; its arguments are new only where a sequence begins or ends, or the burst is a shorter one."""
+    engine = tiny_engine(block_size=8)
     calls = counting(tiny_graph(engine), monkeypatch)
     engine.generate([[5, 6, 7], [8, 9]], SamplingParams(max_tokens=24, seed=1, ignore_eos=True))
-    # The prompts'; 5 bursts, in the 4th of which both take a second block; one of the 3 steps that are left.
-    assert calls == ["_step", "_step", "_again", "_again", "_step", "_again", "_step"]
+    # The prompts'; 5 bursts, in which both sequences take blocks; one of the 3 steps that are left.
+    assert calls == ["_step", "_step", *["_again"] * 4, "_step"]
     assert engine.stats().steps == 24
+
+
+@pytest.mark.parametrize("prompts", [[[5, 6, 7]], [[5, 6, 7], [8, 9]]])
+def test_decode_outgrows_the_tables_of_its_first_step(
+    prompts: list[list[int]], tiny_engine: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    params = SamplingParams(max_tokens=101, seed=1, ignore_eos=True)
+    expected = bits(tiny_engine().generate(prompts, params))
+    engine = tiny_engine(block_size=2)
+    calls = counting(tiny_graph(engine), monkeypatch)
+    assert bits(engine.generate(prompts, params)) == expected
+    assert len(calls) == 1 + 100 // cpu_graph.MAX_BURST
+    assert calls.count("_step") == 1 + 3  # 52 blocks: the first step's, and twice SPARE_BLOCKS more
 
 
 @pytest.mark.parametrize(
