@@ -89,7 +89,7 @@ class AsyncEngine:
         Args:
             prompt, params, choice: as Engine.stream takes them.
             max_unread: pause the stream while so many outputs wait for their reader, who resumes it by reading them
-                all; None lets max_tokens of them wait.
+                all; None lets max_tokens of them wait. Steps that run together still bring their tokens.
         Returns:
             An AsyncTokenStream: `async for` over it for TokenOutputs.
         Raises:

@@ -165,7 +165,10 @@ class Engine:
                 stream.close()
 
     def step(self) -> bool:
-        """Run one step for every live stream; False when there was nothing to do. Streams call this by themselves."""
+        """Run one step for every live stream, or a few that pay together; False when there was nothing to do.
+
+        Streams call this by themselves.
+        """
         return self._driver.step()
 
     def profile(self, prompt: Prompt, params: SamplingParams | None = None) -> Profile:

@@ -229,7 +229,8 @@ class ModelRunner:
 
 
 def _scores_its_prompt(share: ScheduledSequence) -> bool:
-    return share.sequence.params.prompt_logprobs is not None
+    sequence = share.sequence
+    return sequence.params.prompt_logprobs is not None and share.start + 1 < sequence.num_prompt_tokens
 
 
 def logprobs_of(output: SampleOutput) -> list[Logprob]:

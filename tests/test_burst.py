@@ -22,6 +22,8 @@ from inferneo_core import (
     stream_with_callback,
 )
 from inferneo_core.cpu_graph import MAX_BURST
+from inferneo_core.runner import Pending
+from inferneo_core.scheduler import ScheduledBatch
 from inferneo_core.stream_decoder import StreamDecoder
 
 PROMPT = [5, 80, 200, 13, 7]
@@ -85,13 +87,35 @@ def test_tokens_are_those_of_single_steps(
 
 def test_steps_that_need_the_host_stand_between_bursts(tiny_engine: Any, single: Any) -> None:
     """min_tokens, penalties and log-probabilities beside streams without; they come and go."""
-    others = [{"min_tokens": 9}, {"repetition_penalty": 1.3, "max_tokens": 6}, {"logprobs": 2, "max_tokens": 11}]
+    others: list[dict[str, Any]] = [
+        {"min_tokens": 9, "prompt_logprobs": 1},
+        {"repetition_penalty": 1.3, "max_tokens": 6},
+        {"logprobs": 2, "max_tokens": 11},
+    ]
     params = [SamplingParams(**{"max_tokens": 30, "seed": 2, **other}) for other in ({"ignore_eos": True}, *others)]
 
-    def run(engine: Engine) -> list[Completion]:
-        return [(answer.token_ids, answer.logprobs) for answer in engine.generate(PROMPTS, params)]
+    def run(engine: Engine) -> list[Any]:
+        completions = engine.generate(PROMPTS, params)
+        return [(answer.token_ids, answer.logprobs, answer.prompt_logprobs) for answer in completions]
 
     assert run(tiny_engine()) == single(run, tiny_engine())
+
+
+def test_prompt_logprobs_are_followed_by_bursts(tiny_engine: Any, single: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    params = SamplingParams(max_tokens=9, seed=1, ignore_eos=True, prompt_logprobs=1)
+    (expected,) = single(tiny_engine().generate, [PROMPT], params)
+    engine = tiny_engine()
+    sizes: list[int] = []
+    launch = engine._runner.launch
+
+    def watched(batch: ScheduledBatch) -> Pending:
+        sizes.append(batch.num_steps)
+        return launch(batch)
+
+    monkeypatch.setattr(engine._runner, "launch", watched)
+    (answer,) = engine.generate([PROMPT], params)
+    assert (answer.token_ids, answer.prompt_logprobs) == (expected.token_ids, expected.prompt_logprobs)
+    assert sizes == [1, 4, 4]
 
 
 def test_every_token_is_one_output_in_order(tiny_engine: Any, single: Any) -> None:
