@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 from inferneo_benchmarks import counts
-from inferneo_benchmarks.bench_model import STORAGE, engine_of, prompt, whole
+from inferneo_benchmarks.bench_model import MAX_TOKENS, STORAGE, TOKENS_A_SAMPLE, engine_of, prompt, whole
 from inferneo_benchmarks.counts import SequenceWork
 from inferneo_benchmarks.timing import CpuMeter, Samples, measure
 
@@ -22,7 +22,7 @@ from inferneo_core import Engine, SamplingParams
 pytestmark = [pytest.mark.backend("cpu"), pytest.mark.model("smollm2-135m")]
 KERNELS = "tape"
 PARTS = {  # of a step that only decodes: the methods that do each
-    "schedule": ("_scheduler.schedule",),
+    "schedule": ("_scheduler.schedule", "_scheduler.extend"),
     "build": ("_runner._builder.next_decode", "_runner._builder.model_input", "_runner._builder.sampling_batch"),
     KERNELS: ("_runner._tape.launch", "_runner._tape.again"),
     "update": ("_scheduler.update",),
@@ -65,9 +65,14 @@ def test_first_token(
 def test_token_after_token(
     benchmark: Any, record: Callable[..., Any], cpu_meter: CpuMeter, engine: Engine, budget: float
 ) -> None:
-    with engine.stream(prompt(16), SamplingParams(max_tokens=400, **GREEDY)) as stream:
+    with engine.stream(prompt(16), SamplingParams(max_tokens=MAX_TOKENS, **GREEDY)) as stream:
         assert next(stream).index == 0
-        samples = measure(benchmark, cpu_meter, lambda: next(stream), probe="read", budget_s=budget * 2)
+
+        def tokens() -> None:
+            for _ in range(TOKENS_A_SAMPLE):
+                next(stream)
+
+        samples = measure(benchmark, cpu_meter, tokens, probe="read", num_calls=TOKENS_A_SAMPLE, budget_s=budget * 2)
     one = record("engine", samples, cpu_meter, "read", latencies_ms=[second * 1e3 for second in samples.seconds])
     one.facts["tokens_per_s"] = round(1 / one.median_s, 1)
 
@@ -106,7 +111,7 @@ def test_step_outside_kernels(
     engine: Engine,
     num_seqs: int,
 ) -> None:
-    """Scheduling, building, delivery: a step's time less that of its one call into C++; the parts are facts."""
+    """Scheduling, building, delivery: a step's time less that of its part of a call into C++; the parts are facts."""
     params = SamplingParams(max_tokens=400, temperature=0.8, top_p=0.9, seed=1, ignore_eos=True)
     streams = [engine.stream([5, 6, 7, salt + 1], params) for salt in range(num_seqs)]
     assert all(next(stream).index == 0 for stream in streams)
@@ -115,10 +120,12 @@ def test_step_outside_kernels(
 
     def step() -> None:
         taken.clear()
+        before = engine.stats().steps
         seconds = cpu_meter.seconds(engine.step)
-        samples.seconds.append(seconds - taken[KERNELS])
+        num_steps = engine.stats().steps - before
+        samples.seconds.append((seconds - taken[KERNELS]) / num_steps)
         for part in PARTS:
-            by_part[part].append(taken[part])
+            by_part[part].append(taken[part] / num_steps)
 
     benchmark.pedantic(step, setup=lambda: samples.probe_seconds.append(cpu_meter.probe("python")), rounds=40)
     for stream in streams:

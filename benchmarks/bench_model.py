@@ -11,12 +11,13 @@ from inferneo_benchmarks import counts
 from inferneo_benchmarks.counts import Count, SequenceWork
 from inferneo_benchmarks.gpu.models import random_engine
 from inferneo_benchmarks.models import MODELS, Storage
-from inferneo_benchmarks.timing import CpuMeter, GpuMeter, Meter, measure
+from inferneo_benchmarks.timing import MAX_ROUNDS, CpuMeter, GpuMeter, Meter, measure
 
 from inferneo_core import Engine, Profile, SamplingParams
 from inferneo_core.config import ModelConfig
 
-MAX_TOKENS = 400
+TOKENS_A_SAMPLE = 12  # whole bursts, be they of 1, 2, 3 or 4 steps
+MAX_TOKENS = (MAX_ROUNDS + 2) * TOKENS_A_SAMPLE
 CPU, GPU = pytest.mark.backend("cpu"), pytest.mark.backend("triton")
 DEFAULT = pytest.mark.model("smollm2-135m")
 STORAGE = {"cpu": Storage("Q4_1", 4, 2, head="Q8_0"), "triton": Storage("BF16", 2, 2)}
@@ -40,7 +41,7 @@ def steps() -> list[Any]:
 @contextmanager
 def engine_of(backend: str, model: str, num_threads: int, **arguments: Any) -> Iterator[Engine]:
     """The default model on a CPU, random weights of a known shape on a GPU."""
-    arguments = {"enable_prefix_caching": False, "max_model_len": 4608, "max_num_seqs": 32, **arguments}
+    arguments = {"enable_prefix_caching": False, "max_model_len": 5376, "max_num_seqs": 32, **arguments}
     if backend == "triton":
         with random_engine(MODELS[model], ops="triton", dtype="bfloat16", **arguments) as engine:
             yield engine
@@ -55,6 +56,13 @@ def prompt(length: int, salt: int = 0) -> list[int]:
 
 def whole(by_verb: Mapping[str, Count]) -> Count:
     return sum(by_verb.values(), Count(0, 0))
+
+
+def run_steps(engine: Engine) -> None:
+    """TOKENS_A_SAMPLE steps."""
+    end = engine.stats().steps + TOKENS_A_SAMPLE
+    while engine.stats().steps < end:
+        assert engine.step(), "the streams have ended"
 
 
 def product_type(backend: str) -> str:
@@ -78,7 +86,9 @@ def test_decode_step(
         streams = [engine.stream(prompt(context, salt), params) for salt in range(num_seqs)]
         assert all(next(stream).index == 0 for stream in streams)
         budget = request.config.getoption("--budget") * 2
-        samples = measure(benchmark, meter, engine.step, probe="read", budget_s=budget)
+        samples = measure(
+            benchmark, meter, lambda: run_steps(engine), probe="read", num_calls=TOKENS_A_SAMPLE, budget_s=budget
+        )
         by_verb = dict(counts.step(engine.model_config, STORAGE[backend], [SequenceWork(1, context)] * num_seqs))
         for stream in streams:
             stream.close()

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from inferneo_benchmarks.bench_model import engine_of, prompt
+from inferneo_benchmarks.bench_model import TOKENS_A_SAMPLE, engine_of, prompt
 from inferneo_benchmarks.counts import Count
 from inferneo_benchmarks.timing import CpuMeter, Samples, measure
 from torch import Tensor
@@ -97,18 +97,22 @@ def test_token_beside_its_products(
     engine: Engine,
     context: int,
 ) -> None:
-    """A token of a stream in turns with the products alone, which are its probe."""
+    """Tokens of a stream in turns with the products alone, which are their probe."""
     alone = products(engine, weights_of(engine), 1)
     samples = Samples()
-    rounds = max(20, int(100 * request.config.getoption("--budget")))
-    params = SamplingParams(max_tokens=rounds + 10, temperature=0.0, ignore_eos=True)
+    rounds = max(10, int(20 * request.config.getoption("--budget")))
+    params = SamplingParams(max_tokens=(rounds + 2) * TOKENS_A_SAMPLE, temperature=0.0, ignore_eos=True)
+
+    def seconds_each(program: Callable[[], object]) -> float:
+        return cpu_meter.seconds(lambda: [program() for _ in range(TOKENS_A_SAMPLE)]) / TOKENS_A_SAMPLE
+
     with engine.stream(prompt(context), params) as stream:
         assert next(stream).index == 0
 
-        def token() -> None:
-            samples.seconds.append(cpu_meter.seconds(lambda: next(stream)))
+        def tokens() -> None:
+            samples.seconds.append(seconds_each(lambda: next(stream)))
 
-        benchmark.pedantic(token, setup=lambda: samples.probe_seconds.append(cpu_meter.seconds(alone)), rounds=rounds)
+        benchmark.pedantic(tokens, setup=lambda: samples.probe_seconds.append(seconds_each(alone)), rounds=rounds)
     one = record("products", samples, cpu_meter, "products")
     one.facts["tokens_per_s"] = round(1 / one.median_s, 1)
     one.facts["share_of_the_products_alone"] = round(median(samples.probe_seconds) / one.median_s, 3)

@@ -17,11 +17,15 @@ namespace {
 
 constexpr int64_t kMaxVocabSize = int64_t{1} << 22;  // keeps the mass of a row, vocab_size * 2**40, in an int64
 
+void check_vocab_size(int64_t vocab_size) {
+  check(vocab_size >= 1 && vocab_size <= kMaxVocabSize, "logits has a vocabulary of ", vocab_size,
+        "; it must be in [1, ", kMaxVocabSize, "]");
+}
+
 Tensor checked_logits(const Tensor& logits) {
   const ScalarType dtype = logits.scalar_type();
   const Tensor result = checked("logits", logits, dtype == ScalarType::BFloat16 ? dtype : ScalarType::Float, {-1, -1});
-  check(result.size(1) >= 1 && result.size(1) <= kMaxVocabSize, "logits has a vocabulary of ", result.size(1),
-        "; it must be in [1, ", kMaxVocabSize, "]");
+  check_vocab_size(result.size(1));
   return result;
 }
 
@@ -41,83 +45,75 @@ void for_each_row(int64_t num_rows, Team& team, F&& f) {
   });
 }
 
-struct Biases {
-  Tensor start, ids, values;
-};
+}  // namespace
 
-std::optional<Biases> checked_biases(const std::optional<Tensor>& start, const std::optional<Tensor>& ids,
-                                     const std::optional<Tensor>& values, int64_t num_seqs, int64_t vocab_size) {
-  const bool given = start.has_value();
-  check(ids.has_value() == given && values.has_value() == given,
+Sampling::Sampling(int64_t num_seqs, int64_t vocab_size, const Tensor& floats, const Tensor& ints,
+                   const std::optional<Tensor>& token_counts, const std::optional<Tensor>& bias_start,
+                   const std::optional<Tensor>& bias_ids, const std::optional<Tensor>& bias_values)
+    : num_seqs_(num_seqs),
+      vocab_size_(vocab_size),
+      floats_(checked("floats", floats, ScalarType::Float, {num_seqs, kNumFloats})),
+      ints_(checked("ints", ints, ScalarType::Long, {num_seqs, kNumInts})) {
+  check_vocab_size(vocab_size);
+  if (token_counts) counts_ = checked("token_counts", *token_counts, ScalarType::Int, {-1, vocab_size});
+  const bool biased = bias_start.has_value();
+  check(bias_ids.has_value() == biased && bias_values.has_value() == biased,
         "bias_start, bias_ids and bias_values must be given together");
-  if (!given) return std::nullopt;
-  Biases biases{checked("bias_start", *start, ScalarType::Int, {num_seqs + 1}),
-                checked("bias_ids", *ids, ScalarType::Int, {-1}),
-                {}};
-  const int64_t count = biases.ids.size(0);
-  biases.values = checked("bias_values", *values, ScalarType::Float, {count});
-  const auto* offsets = data<int32_t>(biases.start);
-  bool rises = offsets[0] == 0 && offsets[num_seqs] == count;
-  for (int64_t i = 0; i < num_seqs; ++i) rises = rises && offsets[i] <= offsets[i + 1];
+  if (!biased) return;
+  bias_start_ = checked("bias_start", *bias_start, ScalarType::Int, {num_seqs + 1});
+  bias_ids_ = checked("bias_ids", *bias_ids, ScalarType::Int, {-1});
+  bias_values_ = checked("bias_values", *bias_values, ScalarType::Float, {bias_ids_->size(0)});
+}
+
+void Sampling::check_values() const {
+  const int64_t num_count_rows = counts_ ? counts_->size(0) : 0;
+  for (int64_t row = 0; row < num_seqs_; ++row) {
+    const int64_t count_row = data<int64_t>(ints_)[row * kNumInts + kCountRow];
+    check(count_row < num_count_rows, "the count_row of row ", row, " is ", count_row, "; token_counts has ",
+          num_count_rows, " rows");
+  }
+  if (!bias_start_) return;
+  const int64_t count = bias_ids_->size(0);
+  const auto* offsets = data<int32_t>(*bias_start_);
+  bool rises = offsets[0] == 0 && offsets[num_seqs_] == count;
+  for (int64_t i = 0; i < num_seqs_; ++i) rises = rises && offsets[i] <= offsets[i + 1];
   check(rises, "bias_start must rise from 0 to ", count, ", the number of biases");
   for (int64_t i = 0; i < count; ++i) {
-    const int32_t id = data<int32_t>(biases.ids)[i];
-    check(id >= 0 && id < vocab_size, "bias_ids[", i, "] is ", id, "; it is in [0, ", vocab_size, ")");
-    const float value = data<float>(biases.values)[i];
+    const int32_t id = data<int32_t>(*bias_ids_)[i];
+    check(id >= 0 && id < vocab_size_, "bias_ids[", i, "] is ", id, "; it is in [0, ", vocab_size_, ")");
+    const float value = data<float>(*bias_values_)[i];
     check(value < std::numeric_limits<float>::infinity(), "bias_values[", i, "] is ", value,
           "; a bias is finite, or -inf to forbid the token");
   }
-  return biases;
 }
 
 template <class T>
-void sample_rows(const Tensor& logits, const Tensor& floats, const Tensor& ints,
-                 const std::optional<Tensor>& token_counts, const std::optional<Biases>& biases, Team& team,
-                 int64_t* token_ids) {
+void Sampling::draw(Team& team, const T* logits, int64_t ahead, int64_t* token_ids) const {
+  check_values();
   const Isa isa = cpu_isa();
-  const int64_t vocab_size = logits.size(1);
-  const T* all_logits = data<T>(logits);
-  const auto* all_floats = data<float>(floats);
-  const auto* all_ints = data<int64_t>(ints);
-  const int32_t* counts = token_counts ? data<int32_t>(*token_counts) : nullptr;
-  const int32_t* bias_start = biases ? data<int32_t>(biases->start) : nullptr;
-  const int32_t* bias_ids = biases ? data<int32_t>(biases->ids) : nullptr;
-  const float* bias_values = biases ? data<float>(biases->values) : nullptr;
-  for_each_row(logits.size(0), team, [&](int64_t row, const Threads& threads, Workspace& workspace) {
-    RowParams params{all_floats + row * kNumFloats, all_ints + row * kNumInts, nullptr, nullptr, nullptr, 0};
-    const int64_t count_row = params.ints[kCountRow];
-    if (count_row >= 0) params.counts = counts + count_row * vocab_size;
+  const auto* floats = data<float>(floats_);
+  const auto* ints = data<int64_t>(ints_);
+  const int32_t* counts = counts_ ? data<int32_t>(*counts_) : nullptr;
+  const int32_t* bias_start = bias_start_ ? data<int32_t>(*bias_start_) : nullptr;
+  const int32_t* bias_ids = bias_start_ ? data<int32_t>(*bias_ids_) : nullptr;
+  const float* bias_values = bias_start_ ? data<float>(*bias_values_) : nullptr;
+  for_each_row(num_seqs_, team, [&](int64_t row, const Threads& threads, Workspace& workspace) {
+    int64_t row_ints[kNumInts];
+    std::copy_n(ints + row * kNumInts, kNumInts, row_ints);
+    row_ints[kPosition] += ahead;
+    RowParams params{floats + row * kNumFloats, row_ints, nullptr, nullptr, nullptr, 0};
+    if (row_ints[kCountRow] >= 0) params.counts = counts + row_ints[kCountRow] * vocab_size_;
     if (bias_start != nullptr) {
       params.bias_ids = bias_ids + bias_start[row];
       params.bias_values = bias_values + bias_start[row];
       params.num_biases = bias_start[row + 1] - bias_start[row];
     }
-    token_ids[row] = sample_row(all_logits + row * vocab_size, vocab_size, params, isa, threads, workspace);
+    token_ids[row] = sample_row(logits + row * vocab_size_, vocab_size_, params, isa, threads, workspace);
   });
 }
 
-}  // namespace
-
-void sample(Team& team, const Tensor& logits, const Tensor& floats, const Tensor& ints,
-            const std::optional<Tensor>& token_counts, const std::optional<Tensor>& bias_start,
-            const std::optional<Tensor>& bias_ids, const std::optional<Tensor>& bias_values, const Tensor& token_ids) {
-  const Tensor x = checked_logits(logits);
-  const int64_t num_seqs = x.size(0);
-  const int64_t vocab_size = x.size(1);
-  const Tensor float_rows = checked("floats", floats, ScalarType::Float, {num_seqs, kNumFloats});
-  const Tensor int_rows = checked("ints", ints, ScalarType::Long, {num_seqs, kNumInts});
-  std::optional<Tensor> counts;
-  if (token_counts) counts = checked("token_counts", *token_counts, ScalarType::Int, {-1, vocab_size});
-  const int64_t num_count_rows = counts ? counts->size(0) : 0;
-  for (int64_t row = 0; row < num_seqs; ++row) {
-    const int64_t count_row = data<int64_t>(int_rows)[row * kNumInts + kCountRow];
-    check(count_row < num_count_rows, "the count_row of row ", row, " is ", count_row, "; token_counts has ",
-          num_count_rows, " rows");
-  }
-  const auto biases = checked_biases(bias_start, bias_ids, bias_values, num_seqs, vocab_size);
-  const auto run = x.scalar_type() == ScalarType::BFloat16 ? sample_rows<BFloat16> : sample_rows<float>;
-  run(x, float_rows, int_rows, counts, biases, team, mutable_data<int64_t>(token_ids));
-}
+template void Sampling::draw(Team&, const float*, int64_t, int64_t*) const;
+template void Sampling::draw(Team&, const BFloat16*, int64_t, int64_t*) const;
 
 namespace {
 
@@ -167,8 +163,16 @@ namespace {
 Tensor sample_op(const Tensor& team, const Tensor& logits, const Tensor& floats, const Tensor& ints,
                  const std::optional<Tensor>& token_counts, const std::optional<Tensor>& bias_start,
                  const std::optional<Tensor>& bias_ids, const std::optional<Tensor>& bias_values) {
-  Tensor token_ids = torch::stable::empty({checked_logits(logits).size(0)}, ScalarType::Long);
-  sample(owned<Team>("team", team), logits, floats, ints, token_counts, bias_start, bias_ids, bias_values, token_ids);
+  const Tensor x = checked_logits(logits);
+  const Sampling sampling(x.size(0), x.size(1), floats, ints, token_counts, bias_start, bias_ids, bias_values);
+  Tensor token_ids = torch::stable::empty({x.size(0)}, ScalarType::Long);
+  Team& lanes = owned<Team>("team", team);
+  auto* drawn = mutable_data<int64_t>(token_ids);
+  if (x.scalar_type() == ScalarType::BFloat16) {
+    sampling.draw(lanes, data<BFloat16>(x), 0, drawn);
+  } else {
+    sampling.draw(lanes, data<float>(x), 0, drawn);
+  }
   return token_ids;
 }
 

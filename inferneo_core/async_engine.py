@@ -89,7 +89,7 @@ class AsyncEngine:
         Args:
             prompt, params, choice: as Engine.stream takes them.
             max_unread: pause the stream while so many outputs wait for their reader, who resumes it by reading them
-                all; None lets max_tokens of them wait.
+                all; None lets max_tokens of them wait. Steps that run together still bring their tokens.
         Returns:
             An AsyncTokenStream: `async for` over it for TokenOutputs.
         Raises:
@@ -222,7 +222,7 @@ class AsyncTokenStream:
         return self._stream.is_paused
 
     def completion(self) -> Completion:
-        """The whole answer so far; "abort" as finish_reason if the stream has not ended by itself."""
+        """The answer as far as it was read; "abort" as finish_reason if that is not to its own end."""
         return self._stream.completion()
 
     def read_ready(self) -> list[TokenOutput]:

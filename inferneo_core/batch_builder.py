@@ -31,6 +31,8 @@ from inferneo_core.decode_arrays import DecodeArrays
 from inferneo_core.scheduler import ScheduledBatch
 from inferneo_core.sequence import Sequence
 
+SPARE_BLOCKS = 16  # by which sequences that decode may grow before their batch's tensors are made anew
+
 
 class _Row:
     """Where one sequence's state lies, and how far it is up to date."""
@@ -142,14 +144,16 @@ class BatchBuilder:
         rows = [self._row(share.sequence) for share in batch.sequences]
         self._decode.write(batch.sequences)
         views = self._decode.views(len(rows))
-        max_seq_len = max(share.start for share in batch.sequences) + 1
-        # With the block of the token to be drawn, as in model_input.
-        tables = self._tables(rows, max_seq_len // self._block_size + 1)
+        max_seq_len = max(share.start for share in batch.sequences) + batch.num_steps
+        # With the block of the token to be drawn, as in model_input, and room for those that the next steps take.
+        tables = self._tables(rows, max_seq_len // self._block_size + 1 + SPARE_BLOCKS)
         attention = AttentionMetadata(views.query_start_loc, views.seq_lens, tables, 1, max_seq_len)
         return ModelInput(views.token_ids, views.positions, views.slots, attention, views.rows)
 
     def _tables(self, rows: list[_Row], num_blocks: int) -> Tensor:
-        """[len(rows), num_blocks] int32: the block tables of these rows; of a single one, a view."""
+        """[len(rows), num_blocks] int32: the block tables of these rows; of a single one, a view. No more columns than
+        a sequence has blocks at most."""
+        num_blocks = min(num_blocks, self._block_tables.shape[1])
         if len(rows) > 1:
             return torch.from_numpy(self._block_tables[[row.index for row in rows], :num_blocks])
         (row,) = rows

@@ -18,7 +18,7 @@ from inferneo_core.assembly import assemble
 from inferneo_core.batch import SampleOutput
 from inferneo_core.config import EngineConfig
 from inferneo_core.errors import EngineClosed, StepFailed
-from inferneo_core.outputs import Completion, EngineStats
+from inferneo_core.outputs import Completion, EngineStats, Logprob
 from inferneo_core.profile import Profile, StepObserver
 from inferneo_core.prompt import Prompt, encode_prompt, make_sequence, pair_params
 from inferneo_core.request import Request
@@ -165,7 +165,10 @@ class Engine:
                 stream.close()
 
     def step(self) -> bool:
-        """Run one step for every live stream; False when there was nothing to do. Streams call this by themselves."""
+        """Run one step for every live stream, or a few that pay together; False when there was nothing to do.
+
+        Streams call this by themselves.
+        """
         return self._driver.step()
 
     def profile(self, prompt: Prompt, params: SamplingParams | None = None) -> Profile:
@@ -251,7 +254,7 @@ class Engine:
     def _step(self) -> bool:
         """Schedule, launch, wait, update, deliver. Where the device needs no token to go on, it is sent on first."""
         self._driver.drain()
-        batch, pending = self._in_flight or (self._scheduler.schedule(), None)
+        batch, pending = self._in_flight or (self._schedule(), None)
         self._in_flight = None
         if not batch:
             assert len(self._requests) == self._scheduler.num_paused, "there are requests that no step can serve"
@@ -264,10 +267,7 @@ class Engine:
             sampled = pending.wait()
             token_ids = [] if sampled is None else sampled.token_ids.tolist()
             repeatable = False
-            if -1 in token_ids:
-                self._fail_undrawn(batch, token_ids)
-            self._scheduler.update(batch, token_ids)
-            num_sampled = self._deliver(batch, pending.prompt_scores, sampled)
+            num_sampled = self._accept(batch, pending.prompt_scores, sampled, token_ids)
         except Exception as error:
             self._fail(batch, error)
             return True
@@ -276,9 +276,14 @@ class Engine:
                 self._fail(batch, error)
             raise
         self._in_flight = following
-        self._num_steps += 1
+        self._num_steps += batch.num_steps
         self._speed.append((time.perf_counter() - started, num_sampled))
         return True
+
+    def _schedule(self) -> ScheduledBatch:
+        """The next batch: one step, or as many as pay where no step of them waits for anybody."""
+        batch = self._scheduler.schedule()
+        return self._scheduler.extend(batch, self._runner.num_steps(batch)) if batch else batch
 
     def _launch(self, batch: ScheduledBatch) -> Pending:
         for sequence, start, _, _ in batch.sequences:
@@ -291,16 +296,37 @@ class Engine:
         ahead = self._scheduler.schedule_ahead(batch) if pending.can_go_on else None
         return None if ahead is None else (ahead, self._runner.launch_ahead(ahead))
 
-    def _deliver(self, batch: ScheduledBatch, prompt_scores: list[PromptScores], sampled: SampleOutput | None) -> int:
-        """Hand each stream its token; returns how many there were."""
+    def _accept(
+        self,
+        batch: ScheduledBatch,
+        prompt_scores: list[PromptScores],
+        sampled: SampleOutput | None,
+        token_ids: list[int],
+    ) -> int:
+        """Update and deliver, step after step of the batch: what a sequence drew past its end is dropped.
+
+        Returns:
+            How many tokens were delivered.
+        """
         for scores in prompt_scores:
             request = self._requests.get(scores.sequence.seq_id)
             if request is not None:
                 request.accept_prompt_logprobs(scores.start, scores.logprobs)
-        if sampled is None:
-            return 0
+        logprobs = logprobs_of(sampled) if sampled is not None and sampled.logprobs is not None else None
+        num_rows = len(token_ids) // batch.num_steps
+        num_delivered = 0
+        for index in range(batch.num_steps):
+            step = batch.ahead(index) if index else batch
+            drawn = token_ids[index * num_rows : (index + 1) * num_rows]
+            if -1 in drawn:
+                self._fail_undrawn(step, drawn)
+            self._scheduler.update(step, drawn)
+            num_delivered += self._deliver(step, logprobs or [None] * num_rows)
+        return num_delivered
+
+    def _deliver(self, batch: ScheduledBatch, logprobs: SequenceOf[Logprob | None]) -> int:
+        """Hand each stream its token; returns how many there were."""
         shares = [share for share in batch.sequences if share.samples]
-        logprobs = [None] * len(shares) if sampled.logprobs is None else logprobs_of(sampled)
         num_delivered = 0
         for (sequence, start, num_tokens, _), logprob in zip(shares, logprobs, strict=True):
             request = self._requests.get(sequence.seq_id)

@@ -104,21 +104,22 @@ class StepObserver:
 
     def __init__(self, device: torch.device) -> None:
         self._is_gpu = device.type == "cuda"
-        self._size: tuple[int, int] | None = None  # tokens and sequences of the step that runs
+        self._size: tuple[int, int] | None = None  # tokens and sequences of each step that runs
+        self._num_steps = 1  # that run together
         self._times: list[tuple[str, float]] = []
         self._events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
         self.steps: list[StepProfile] = []
 
-    def begin_step(self, num_tokens: int, num_seqs: int) -> None:
-        """A step is about to be launched."""
-        self._size = num_tokens, num_seqs
+    def begin_step(self, num_tokens: int, num_seqs: int, num_steps: int = 1) -> None:
+        """A step is about to be launched, or several together."""
+        self._size, self._num_steps = (num_tokens, num_seqs), num_steps
         self._times, self._events = [], []
         if self._is_gpu:
             # Else short kernels would wait for their launches, and events would time the host.
             torch.cuda._sleep(HEAD_START_CYCLES)
 
     def add(self, times: Sequence[tuple[str, float]]) -> None:
-        """(verb, seconds) of calls that something else has timed."""
+        """(verb, seconds) of calls that something else has timed; of steps that run together, in all of them."""
         self._times += times
 
     @contextmanager
@@ -136,7 +137,10 @@ class StepObserver:
             self._times.append((verb, time.perf_counter() - started))
 
     def end_step(self, seconds: float) -> None:
-        """The step is over; seconds: wall-clock. One that was launched before this observer came is left out."""
+        """The step is over; seconds: wall-clock. One that was launched before this observer came is left out.
+
+        Steps that ran together each have an equal part of their time.
+        """
         if self._size is None:
             return
         for verb, start, end in self._events:
@@ -145,8 +149,9 @@ class StepObserver:
         calls: dict[str, list[float]] = {}
         for verb, spent in self._times:
             calls.setdefault(verb, []).append(spent)
-        verbs = tuple(VerbTime(verb, len(spent), sum(spent)) for verb, spent in calls.items())
-        self.steps.append(StepProfile(*self._size, seconds, verbs))
+        num_steps = self._num_steps
+        verbs = tuple(VerbTime(verb, len(spent), sum(spent) / num_steps) for verb, spent in calls.items())
+        self.steps += [StepProfile(*self._size, seconds / num_steps, verbs)] * num_steps
         self._size = None
 
 

@@ -117,17 +117,22 @@ class Request:
         )
 
     def completion(self) -> Completion:
-        """Everything so far, as a Completion; unfinished streams count as aborted."""
+        """What was consumed so far, as a Completion; unfinished streams count as aborted.
+
+        Outputs made ahead of their consumer are no part of it: how many there are is not the request's doing.
+        """
         params, sequence = self.sequence.params, self.sequence
+        num_unread = len(self.outputs)
+        num_tokens = len(self._texts) - num_unread
         prompt = tuple(sequence.token_ids[: sequence.num_prompt_tokens])
         prompt_logprobs: tuple[Logprob | None, ...] | None = None
         if params.prompt_logprobs is not None:
             prompt_logprobs = (None, *(self._prompt_logprobs[i] for i in sorted(self._prompt_logprobs)))
         return Completion(
-            text="".join(self._texts),
-            token_ids=tuple(sequence.output_token_ids[: len(self._texts)]),
-            finish_reason=self.finish_reason or "abort",
-            logprobs=None if params.logprobs is None else tuple(self._logprobs),
+            text="".join(self._texts[:num_tokens]),
+            token_ids=tuple(sequence.output_token_ids[:num_tokens]),
+            finish_reason=self.finish_reason if self.finish_reason is not None and not num_unread else "abort",
+            logprobs=None if params.logprobs is None else tuple(self._logprobs[:num_tokens]),
             prompt_token_ids=prompt,
             prompt_logprobs=prompt_logprobs,
             timings=None if self._first_token is None else self._timings(),

@@ -69,7 +69,7 @@ class Pending:
         self._source, self._output, self._arrived = self._output, host, arrived
 
     def wait(self) -> SampleOutput | None:
-        """The step's tokens, one a sequence that samples, in batch order; None where none did."""
+        """The tokens, one a sequence that samples, in batch order, step by step; None where none did."""
         if self._arrived is not None:
             self._arrived.synchronize()
             self._source = None
@@ -128,21 +128,28 @@ class ModelRunner:
         if self._tape is not None:
             self._tape.time_verbs(observer is not None)
 
+    def num_steps(self, batch: ScheduledBatch) -> int:
+        """How many steps of a batch that decodes are worth launching together."""
+        if self._tape is None or trace_ranges() is not None:
+            return 1
+        return self._tape.burst_size([share.start for share in batch.sequences])
+
     def launch(self, batch: ScheduledBatch) -> Pending:
-        """Start one step. Nothing that a repeated launch of the same batch would change is changed."""
+        """Start a batch. Nothing that a repeated launch of the same batch would change is changed."""
         around = trace_ranges()
         if self._observer is not None:
-            self._observer.begin_step(batch.num_tokens, len(batch.sequences))
-        tape = self._tape if around is None else None
+            self._observer.begin_step(batch.num_tokens, len(batch.sequences), batch.num_steps)
+        # A tracer that came since several steps were scheduled sees those after them.
+        tape = self._tape if around is None or batch.num_steps > 1 else None
         if tape is not None:
             again = self._builder.next_decode(batch)
-            if again is not None and tape.holds(again):
+            if again is not None and tape.holds(again, batch.num_steps):
                 return self._taped(tape, tape.again())
         inputs = self._builder.model_input(batch)
         sampled = [share.sequence for share in batch.sequences if share.samples]
         sampling = self._builder.sampling_batch(sampled) if sampled else None
         if tape is not None and not any(map(_scores_its_prompt, batch.sequences)):
-            return self._taped(tape, tape.launch(inputs, sampling))
+            return self._taped(tape, tape.launch(inputs, sampling, batch.num_steps))
         if self._observer is not None:
             around = self._observer.around
         ops: Ops = self.ops if around is None else ObservedOps(self.ops, around)
@@ -158,7 +165,7 @@ class ModelRunner:
             return self._launch(batch, inputs, sampling, ops)
 
     def _taped(self, tape: CpuGraph, output: SampleOutput | None) -> Pending:
-        """A step that the tape has run."""
+        """Steps that the tape has run."""
         if self._observer is not None:
             self._observer.add(tape.verb_times())
         return Pending(output, [])
@@ -222,7 +229,8 @@ class ModelRunner:
 
 
 def _scores_its_prompt(share: ScheduledSequence) -> bool:
-    return share.sequence.params.prompt_logprobs is not None
+    sequence = share.sequence
+    return sequence.params.prompt_logprobs is not None and share.start + 1 < sequence.num_prompt_tokens
 
 
 def logprobs_of(output: SampleOutput) -> list[Logprob]:

@@ -48,18 +48,26 @@ class ScheduledSequence(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class ScheduledBatch:
-    """One step's work; false when there is none.
+    """One step's work, or that of several in a row; false when there is none.
 
     Attributes:
         sequences: each sequence's share; decodes first.
         num_tokens: tokens to compute, over all of them.
+        num_steps: how many steps are launched together. Where it is more than one, every sequence decodes: in each
+            later step the token that it drew in the one before.
     """
 
     sequences: tuple[ScheduledSequence, ...]
     num_tokens: int
+    num_steps: int = 1
 
     def __bool__(self) -> bool:
         return bool(self.sequences)
+
+    def ahead(self, num_tokens: int) -> ScheduledBatch:
+        """A step of the same sequences, each so many tokens further."""
+        shares = [ScheduledSequence(seq, start + num_tokens, n, samples) for seq, start, n, samples in self.sequences]
+        return ScheduledBatch(tuple(shares), self.num_tokens)
 
 
 class Scheduler:
@@ -131,22 +139,48 @@ class Scheduler:
     def schedule_ahead(self, batch: ScheduledBatch) -> ScheduledBatch | None:
         """The step after `batch`, while nobody knows yet which tokens `batch` draws; None where they must be known.
 
-        It is the same sequences, one token further, and only exists where every running sequence decodes and nobody
-        could be admitted. Each has room for one token more than it computes, since the device works out a token's slot
-        while it draws it. A sequence that ends with the token that `batch` draws is in it for nothing.
+        It is the same sequences, one token further. Each has room for one token more than it computes, since the device
+        works out a token's slot while it draws it. A sequence that ends with the token that `batch` draws is in it for
+        nothing.
         """
-        if len(batch.sequences) != len(self._running) or (self._waiting and len(self._running) < self.max_num_running):
-            return None
         block_size = self.block_manager.block_size
-        for seq, start, num_tokens, samples in batch.sequences:
-            is_decode = samples and num_tokens == 1 and seq.status is SequenceStatus.RUNNING
-            has_slot = start + 1 < len(seq.block_table) * block_size
-            if not is_decode or not has_slot or seq.num_prompt_tokens + seq.max_tokens <= start + 2:
-                return None
+        if self._num_unseen(batch, 2) < 2:
+            return None
+        if any(start + 1 >= len(seq.block_table) * block_size for seq, start, _, _ in batch.sequences):
+            return None
         if not all(self.block_manager.allocate(share.sequence, share.start + 3) for share in batch.sequences):
             return None
-        shares = (share._replace(start=share.start + 1) for share in batch.sequences)
-        return ScheduledBatch(tuple(shares), batch.num_tokens)
+        return batch.ahead(1)
+
+    def extend(self, batch: ScheduledBatch, num_steps: int) -> ScheduledBatch:
+        """`batch`, just scheduled, as up to `num_steps` steps that are launched together.
+
+        It stays one step where a sequence draws its first token, or a draw waits for what the host keeps of the last.
+        Nobody is preempted for it: where blocks are short, it ends with those that are there. A sequence that ends
+        before its last step is in the rest for nothing.
+        """
+        num_steps = self._num_unseen(batch, num_steps)
+        if num_steps < 2 or any(not seq.num_output_tokens or _needs_host(seq) for seq, _, _, _ in batch.sequences):
+            return batch
+        block_size = self.block_manager.block_size
+        for seq, start, _, _ in batch.sequences:
+            if start + num_steps > len(seq.block_table) * block_size:
+                self.block_manager.allocate(seq, start + num_steps)
+                num_steps = min(num_steps, len(seq.block_table) * block_size - start)
+        return ScheduledBatch(batch.sequences, batch.num_tokens, num_steps)
+
+    def _num_unseen(self, batch: ScheduledBatch, most: int) -> int:
+        """How many tokens each sequence may draw, from `batch` on, before the scheduler must know one; `most` at most.
+
+        One, unless every running sequence decodes and nobody could be admitted; and none that max_tokens forbids.
+        """
+        if len(batch.sequences) != len(self._running) or (self._waiting and len(self._running) < self.max_num_running):
+            return 1
+        for seq, start, num_tokens, samples in batch.sequences:
+            if not samples or num_tokens != 1 or seq.status is not SequenceStatus.RUNNING:
+                return 1
+            most = min(most, seq.num_prompt_tokens + seq.max_tokens - start - 1)
+        return most
 
     def update(self, batch: ScheduledBatch, token_ids: abc.Sequence[int]) -> None:
         """Count a step as done: its keys and values are in the cache and its tokens are drawn.
@@ -154,7 +188,7 @@ class Scheduler:
         A sequence that was finished or preempted since it was scheduled has no blocks left; its share is dropped.
 
         Args:
-            batch: what the last `schedule` returned, or the `schedule_ahead` that went on from the batch updated last.
+            batch: what the last `schedule` returned, or the step `ahead` of the batch updated last.
             token_ids: the drawn token of each share that samples, in the order of the batch.
         """
         assert len(token_ids) == sum(share.samples for share in batch.sequences), "one token a share that samples"
@@ -273,3 +307,9 @@ class Scheduler:
         index = bisect_left(queue, seq.seq_id, key=_by_arrival)
         assert queue[index] is seq, f"{seq} was never added"
         del queue[index]
+
+
+def _needs_host(seq: Sequence) -> bool:
+    """Whether its next draw depends, or reports, on what the host does after each: penalties, min_tokens, logprobs."""
+    params = seq.params
+    return params.needs_penalties or params.logprobs is not None or params.min_tokens > seq.num_output_tokens

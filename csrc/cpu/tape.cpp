@@ -4,6 +4,7 @@
 #include <chrono>
 #include <cstdlib>
 #include <new>
+#include <utility>
 
 namespace inferneo {
 namespace {
@@ -81,14 +82,10 @@ void Tape::assign_slots() {
 
 void Tape::time_nodes(bool on) {
   is_timed_ = on;
-  ends_ns_.clear();
+  node_ns_.assign(on ? nodes_.size() : 0, 0);
 }
 
-std::vector<int64_t> Tape::node_ns() const {
-  std::vector<int64_t> durations;
-  for (size_t i = 1; i < ends_ns_.size(); ++i) durations.push_back(ends_ns_[i] - ends_ns_[i - 1]);
-  return durations;
-}
+std::vector<int64_t> Tape::take_node_ns() { return std::exchange(node_ns_, std::vector<int64_t>(node_ns_.size())); }
 
 void Tape::replay(Team& team, Isa isa, const StepInput& step, float* const* inputs, float* output) {
   if (!has_slots_) assign_slots();
@@ -115,15 +112,20 @@ void Tape::replay(Team& team, Isa isa, const StepInput& step, float* const* inpu
 
   const Frame frame{team,         linear_kernels(isa), row_kernels(isa), step, addresses_.data(),
                     base + bytes, scratch_.data(),     tickets_.get()};
-  if (is_timed_) ends_ns_.assign(nodes_.size() + 1, now_ns());
+  int64_t ended_ns = is_timed_ ? now_ns() : 0;  // the last node; lane 0's alone
+  const auto note = [&](int64_t node) {
+    const int64_t now = now_ns();
+    node_ns_[node] += now - ended_ns;
+    ended_ns = now;
+  };
   team.run([&](Lane lane) {
     for (int64_t i = 0; i < num_nodes(); ++i) {
       nodes_[i]->run(frame, i, lane);
       if (i + 1 < num_nodes()) team.barrier(lane);  // the end of the task is a barrier, too
-      if (is_timed_ && lane.index == 0) ends_ns_[i + 1] = now_ns();
+      if (is_timed_ && lane.index == 0) note(i);
     }
   });
-  if (is_timed_) ends_ns_.back() = now_ns();
+  if (is_timed_) note(num_nodes() - 1);
 }
 
 }  // namespace inferneo

@@ -85,10 +85,10 @@ class Tape {
   int64_t width(int64_t value) const { return values_[value].width; }
   int64_t input_width(int64_t input) const { return width(inputs_[input]); }
 
-  // Whether replays note when each node ends: one look at the clock a node, on lane 0.
+  // Whether replays note how long each node takes: one look at the clock a node, on lane 0.
   void time_nodes(bool on);
-  // Nanoseconds of each node in the last timed replay, its barrier included; empty before there was one.
-  std::vector<int64_t> node_ns() const;
+  // Nanoseconds of each node since this was last asked, its barrier included, over all replays; empty if untimed.
+  std::vector<int64_t> take_node_ns();
 
   // Runs every node. inputs: by number, [num_tokens, width] each; output: where the last node's value goes.
   void replay(Team& team, Isa isa, const StepInput& step, float* const* inputs, float* output);
@@ -111,7 +111,7 @@ class Tape {
   std::vector<std::byte*> scratch_;   // by lane
   std::unique_ptr<std::atomic<int64_t>[]> tickets_;
   bool is_timed_ = false;
-  std::vector<int64_t> ends_ns_;  // when the last replay began, then when each node ended
+  std::vector<int64_t> node_ns_;
   Arena arena_;
 };
 

@@ -7,14 +7,15 @@ import json
 import os
 import time
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from inferneo_core import Completion, Engine, SamplingParams
-from inferneo_core.batch import AttentionMetadata, ModelInput
+from inferneo_core import Completion, Engine, SamplingParams, cpu_graph
+from inferneo_core.batch import AttentionMetadata, ModelInput, empty_sampling_batch
 from inferneo_core.cpu_graph import CpuGraph
 from inferneo_core.errors import ConfigError, ShapeError
 from inferneo_core.ops.base import CacheLayer, Linear, Norm, Segment
@@ -135,6 +136,57 @@ def one_token(**changes: Any) -> ModelInput:
 def test_step_refuses_what_would_lead_astray(changes: dict[str, int], message: str, tiny_engine: Any) -> None:
     with pytest.raises(ShapeError, match=message):
         tiny_graph(tiny_engine()).launch(one_token(**changes), None)
+
+
+@pytest.mark.parametrize(
+    ("changes", "num_steps", "message"),
+    [
+        ({}, 0, "num_steps is 0; it is at least 1"),
+        ({"seq_len": 4}, 2, "sequence 0 has 4 tokens and decodes the one at 2"),
+        ({"positions": 15, "seq_len": 16}, 2, "sequence 0 has 17 tokens; its block table has room for 16"),
+        ({"positions": 511, "seq_len": 512}, 2, "its block table has room for 16"),
+    ],
+)
+def test_burst_refuses_what_would_lead_astray(
+    changes: dict[str, int], num_steps: int, message: str, tiny_engine: Any
+) -> None:
+    with pytest.raises(ShapeError, match=message):
+        tiny_graph(tiny_engine()).launch(one_token(**changes), empty_sampling_batch(1), num_steps)
+
+
+def test_burst_refuses_to_pass_the_end_of_the_model(tiny_engine: Any) -> None:
+    engine = tiny_engine(max_model_len=20, block_size=32)
+    with pytest.raises(ShapeError, match="sequence 0 would have 21 tokens; it may have 20"):
+        tiny_graph(engine).launch(one_token(positions=18, seq_len=19), empty_sampling_batch(1), 3)
+
+
+def test_burst_refuses_a_prompt_and_logprobs(tiny_engine: Any) -> None:
+    graph, step = tiny_graph(tiny_engine()), one_token()
+    prompt = replace(
+        step,
+        token_ids=torch.tensor([5, 6]),
+        positions=torch.arange(2),
+        slot_mapping=torch.arange(2),
+        attention=replace(step.attention, query_start_loc=torch.tensor([0, 2]).int()),
+    )
+    with pytest.raises(ShapeError, match="one token a sequence"):
+        graph.launch(prompt, empty_sampling_batch(1), 2)
+    with pytest.raises(ShapeError, match="no more where log-probabilities are reported"):
+        graph.launch(step, empty_sampling_batch(1, 0), 2)
+
+
+def test_burst_is_as_long_as_its_bytes_allow(tiny_engine: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    graph = tiny_graph(tiny_engine())
+    weights = 4 * 3 * (80 * 48 + 48 * 48 + 160 * 48 + 48 * 80) + 4 * 263 * 48  # fp32, before it is packed
+    monkeypatch.setattr(cpu_graph, "BURST_BYTES", 3.5 * weights)
+    assert graph.burst_size([5]) == graph.burst_size([5] * 4) == 3
+    assert graph.burst_size([5] * 5) == graph.burst_size([5] * 32) == 1  # 5 tokens: the weights count twice
+    a_token = 4 * 3 * 2 * 2 * 8  # keys and values, 3 layers, 2 heads of 8
+    assert graph.burst_size([weights // a_token]) == 1
+    monkeypatch.setattr(cpu_graph, "BURST_BYTES", 100 * weights)
+    assert graph.burst_size([5]) == cpu_graph.MAX_BURST
+    monkeypatch.setattr(cpu_graph, "BURST_BYTES", weights // 2)
+    assert graph.burst_size([5]) == 1
 
 
 def test_tape_refuses_what_was_not_prepared() -> None:
@@ -277,12 +329,26 @@ def counting(graph: CpuGraph, monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def test_decode_runs_the_last_step_again(tiny_engine: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One call a step; its arguments are new only where a sequence begins, ends or takes a block."""
+    """One call a burst; its arguments are new only where a sequence begins or ends, or the burst is a shorter one."""
     engine = tiny_engine(block_size=8)
     calls = counting(tiny_graph(engine), monkeypatch)
-    engine.generate([[5, 6, 7], [8, 9]], SamplingParams(max_tokens=12, seed=1, ignore_eos=True))
-    # 12 steps: the prompts', the first decode, then a new block for the one and for the other.
-    assert calls == ["_step", "_step", *["_again"] * 4, "_step", "_step", *["_again"] * 4]
+    engine.generate([[5, 6, 7], [8, 9]], SamplingParams(max_tokens=24, seed=1, ignore_eos=True))
+    # The prompts'; 5 bursts, in which both sequences take blocks; one of the 3 steps that are left.
+    assert calls == ["_step", "_step", *["_again"] * 4, "_step"]
+    assert engine.stats().steps == 24
+
+
+@pytest.mark.parametrize("prompts", [[[5, 6, 7]], [[5, 6, 7], [8, 9]]])
+def test_decode_outgrows_the_tables_of_its_first_step(
+    prompts: list[list[int]], tiny_engine: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    params = SamplingParams(max_tokens=101, seed=1, ignore_eos=True)
+    expected = bits(tiny_engine().generate(prompts, params))
+    engine = tiny_engine(block_size=2)
+    calls = counting(tiny_graph(engine), monkeypatch)
+    assert bits(engine.generate(prompts, params)) == expected
+    assert len(calls) == 1 + 100 // cpu_graph.MAX_BURST
+    assert calls.count("_step") == 1 + 3  # 52 blocks: the first step's, and twice SPARE_BLOCKS more
 
 
 @pytest.mark.parametrize(
@@ -317,7 +383,7 @@ def test_steps_run_again_give_the_bits_of_steps_made_anew(
 
     short = {"block_size": 4, "kv_cache_memory": 2**16, "max_model_len": 64, "max_num_seqs": 3}
     anew = tiny_engine(**short)
-    monkeypatch.setattr(tiny_graph(anew), "holds", lambda inputs: False)
+    monkeypatch.setattr(tiny_graph(anew), "holds", lambda inputs, num_steps: False)
     assert run(tiny_engine(**short)) == run(anew)
 
 

@@ -23,7 +23,7 @@ AT_ONCE = 12  # clients; the engine's batch holds a third of them
 MAX_GROWTH_BYTES = 2**18  # of Python's own memory over 500 clients: half a KiB each would be seen; it is 14 KB
 MAX_RSS_GROWTH_BYTES = 64 * 2**20  # the allocators' slack; 500 clients that each kept a request's buffers would pass it
 PROMPT = "x" * 300  # five steps of prefill, at 64 tokens a step
-REQUEST: dict[str, Any] = {"model": "tiny", "max_tokens": 40, "ignore_eos": True, "seed": 1}
+REQUEST: dict[str, Any] = {"model": "tiny", "max_tokens": 80, "ignore_eos": True, "seed": 1}
 
 
 class Storm:
