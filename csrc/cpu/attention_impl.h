@@ -102,7 +102,7 @@ INFERNEO_INLINE void add_products(const float* factors, int64_t stride, const Ve
 // scores[r, j] = queries[r] * key `first` + j, for num_rows rows and num_vecs vectors of keys.
 template <class T, int64_t num_rows, int64_t num_vecs>
 INFERNEO_INLINE void score_block(const float* queries, const Granules<T>& keys, int64_t first, float* scores) {
-  constexpr int64_t kNumProducts = keys.kElements / kPerProduct<T>;
+  constexpr int64_t kNumProducts = Granules<T>::kElements / kPerProduct<T>;
   for (int64_t n = 0; n < num_vecs; ++n) keys.touch(first + n * kLanes);
   Vec sums[num_rows][num_vecs] = {};
   Vec columns[num_vecs];
@@ -251,7 +251,7 @@ void multiply(const float* a, int64_t a_stride, const float* b, int64_t b_stride
 template <class T, int64_t num_rows, int64_t num_columns>
 INFERNEO_INLINE void sum_block(const float* weights, const Granules<T>& values, int64_t num_keys, int64_t d, float* out,
                                int64_t stride) {
-  constexpr int64_t kLines = (num_columns * kLanes * values.kSize + 63) / 64;
+  constexpr int64_t kLines = (num_columns * kLanes * Granules<T>::kSize + 63) / 64;
   Vec sums[num_rows][num_columns] = {};
   for (int64_t first = 0; first < num_keys; first += kGranule) {
     const int64_t end = std::min(kGranule, num_keys - first);
