@@ -4,8 +4,8 @@
 // columns of every row and one vector register holds one output of every row. A group is a run of *units*, read from
 // end to end; a unit is the scales of its blocks, then their codes:
 //
-//   scales   kPairs       2 blocks a unit: 16 pairs of int16 d, the first block's above the second's; then 16 pairs of m,
-//                         where codes have no offset                        weight = step * (d * (code - 8) + 8 * m)
+//   scales   kPairs       2 blocks a unit: 16 pairs of int16 d, the first block's above the second's; then, where codes
+//                         have no offset, 16 pairs of m                     weight = step * (d * (code - 8) + 8 * m)
 //            kSymmetric   2 blocks: 16 fp16 d each                            weight = d * (code - offset)
 //            kAffine      1 block: 16 fp16 d, 16 fp16 m                       weight = d * code + m
 //            kSuperAffine 8 blocks: 16 fp16 d, 16 fp16 dmin, then each 16 uint8 s, 16 uint8 t
