@@ -222,7 +222,7 @@ class AsyncTokenStream:
         return self._stream.is_paused
 
     def completion(self) -> Completion:
-        """The answer as far as it was read; "abort" as finish_reason if that is not to its own end."""
+        """As TokenStream.completion."""
         return self._stream.completion()
 
     def read_ready(self) -> list[TokenOutput]:

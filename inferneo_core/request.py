@@ -116,13 +116,15 @@ class Request:
             cached_tokens=self.sequence.num_cached_tokens,
         )
 
-    def completion(self) -> Completion:
-        """What was consumed so far, as a Completion; unfinished streams count as aborted.
+    def completion(self, *, as_read: bool) -> Completion:
+        """Everything so far, as a Completion; unfinished streams count as aborted.
 
-        Outputs made ahead of their consumer are no part of it: how many there are is not the request's doing.
+        Args:
+            as_read: leave out what its consumer was not handed: how many outputs were made ahead of one that stopped
+                is not its doing.
         """
         params, sequence = self.sequence.params, self.sequence
-        num_unread = len(self.outputs)
+        num_unread = len(self.outputs) if as_read else 0
         num_tokens = len(self._texts) - num_unread
         prompt = tuple(sequence.token_ids[: sequence.num_prompt_tokens])
         prompt_logprobs: tuple[Logprob | None, ...] | None = None

@@ -84,8 +84,11 @@ class TokenStream:
         return self._paused
 
     def completion(self) -> Completion:
-        """The answer as far as it was read; "abort" as finish_reason if that is not to its own end."""
-        return self._request.completion()
+        """The whole answer so far; "abort" as finish_reason if the stream has not ended by itself.
+
+        Of a stream that was closed, what was read before.
+        """
+        return self._request.completion(as_read=self._closed)
 
     def pause(self) -> None:
         """Stop generating until `resume` or the next read that finds nothing.

@@ -199,6 +199,15 @@ def test_pause_and_close_hold_after_a_burst(watched_engine: Any) -> None:
     assert len(stream.completion().token_ids) == 2
 
 
+def test_answer_that_nobody_reads_is_whole(tiny_engine: Any) -> None:
+    engine = tiny_engine()
+    stream = engine.stream(PROMPT, SAMPLED)
+    while engine.step():
+        pass
+    assert stream.num_unread == len(stream.completion().token_ids) == SAMPLED.max_tokens
+    assert stream.completion().finish_reason == "length"
+
+
 def test_callback_that_stops_gets_the_answer_that_it_was_handed(tiny_engine: Any, single: Any) -> None:
     class Three:
         def __init__(self) -> None:
