@@ -1,4 +1,4 @@
-"""Fixtures of the sampler's tests: batches with named columns, seeded logits, and the backends that must agree."""
+"""Fixtures: each instruction set in turn; the sampler's batches with named columns, seeded logits and backends."""
 
 from __future__ import annotations
 
@@ -20,11 +20,30 @@ from inferneo_core.batch import (
     SamplingBatch,
     empty_sampling_batch,
 )
+from inferneo_core.errors import BackendUnavailable
 from inferneo_core.ops.cpu_ops import CpuOps
 from inferneo_core.ops.torch_ops import TorchOps
 
 MakeBatch = Callable[..., SamplingBatch]
 MakeLogits = Callable[..., Tensor]
+
+
+@pytest.fixture(params=["scalar", "avx2", "avx512", "avx512bf16"])
+def cpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> CpuOps:
+    """CpuOps on each instruction set that this machine has."""
+    monkeypatch.setenv("INFERNEO_CPU_ISA", request.param)
+    try:
+        ops = CpuOps(num_threads=2)
+    except BackendUnavailable as error:
+        pytest.skip(str(error))
+    assert ops.isa == request.param
+    return ops
+
+
+@pytest.fixture
+def isa(cpu: CpuOps) -> str:
+    """Its name; whatever runs on CpuOps runs on it."""
+    return cpu.isa
 
 
 @pytest.fixture(scope="session")

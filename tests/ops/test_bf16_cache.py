@@ -16,15 +16,6 @@ ROUNDING = 2.0**-8  # the most that rounding to bf16 moves a number, relative to
 CASES = ((1, 1, 64), (1, 77, 64), (40, 600, 64), (3, 259, 14), (30, 100, 80), (1, 40, 7), (20, 21, 7))
 
 
-@pytest.fixture(params=["scalar", "avx2", "avx512", "avx512bf16"])
-def cpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> CpuOps:
-    monkeypatch.setenv("INFERNEO_CPU_ISA", request.param)
-    try:
-        return CpuOps(num_threads=2)
-    except BackendUnavailable as error:
-        pytest.skip(str(error))
-
-
 def operands(query_len: int, seq_len: int, head_dim: int) -> tuple[Tensor, Tensor, Tensor]:
     """q [query_len, 3, head_dim] fp32 and one KV head's k, v [seq_len, head_dim], numbers of bf16."""
     generator = torch.Generator().manual_seed(seq_len)

@@ -11,23 +11,13 @@ from torch import Tensor
 
 from inferneo_core.batch import AttentionMetadata
 from inferneo_core.cache_rows import to_rows
-from inferneo_core.errors import BackendUnavailable, ShapeError
+from inferneo_core.errors import ShapeError
 from inferneo_core.ops.base import CacheLayer
 from inferneo_core.ops.cpu_ops import CpuOps
 from inferneo_core.ops.torch_ops import TorchOps
 
-ISAS = ("scalar", "avx2", "avx512", "avx512bf16")
 # (query_len, seq_len) of each sequence: decodes, chunked prefills and whole prompts, about chunks of 256 keys.
 RAGGED = ((1, 1), (300, 300), (1, 700), (3, 5), (1, 256), (1, 257), (17, 520), (40, 600), (2, 259))
-
-
-@pytest.fixture(params=ISAS)
-def cpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> CpuOps:
-    monkeypatch.setenv("INFERNEO_CPU_ISA", request.param)
-    try:
-        return CpuOps(num_threads=2)
-    except BackendUnavailable as error:
-        pytest.skip(str(error))
 
 
 class Sequences:

@@ -10,7 +10,7 @@ import torch
 from gguf import GGMLQuantizationType, quants
 from torch import Tensor
 
-from inferneo_core.errors import BackendUnavailable, InferneoError
+from inferneo_core.errors import InferneoError
 from inferneo_core.ops.base import Linear, Segment
 from inferneo_core.ops.cpu_ops import CpuOps
 from inferneo_core.ops.packing import WeightArena
@@ -19,7 +19,6 @@ from inferneo_core.weights.dequant import BLOCK_TYPES, dequantize
 DENSE = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 FORMATS = (*BLOCK_TYPES, *DENSE)
 PAIRED = ("Q4_0", "Q4_1")
-ISAS = ("scalar", "avx2", "avx512")
 
 MakeSegment = Callable[..., Segment]
 
@@ -107,17 +106,6 @@ def assert_close_sums(actual: Tensor, exact: Tensor, x: Tensor, segment: Segment
     """fp32 sums of up to 1,000 products round to 2e-6 of the products' magnitude, whatever their signs cancel."""
     magnitude = x.abs().double() @ dense(segment).abs().T
     assert ((actual - exact).abs() <= 2e-6 * magnitude).all()
-
-
-@pytest.fixture(params=ISAS)
-def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Each instruction set that this machine has."""
-    monkeypatch.setenv("INFERNEO_CPU_ISA", request.param)
-    try:
-        CpuOps()
-    except BackendUnavailable as error:
-        pytest.skip(str(error))
-    return str(request.param)
 
 
 @pytest.fixture(scope="module", autouse=True)

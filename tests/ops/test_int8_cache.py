@@ -12,7 +12,6 @@ from inferneo_core import SamplingParams
 from inferneo_core.batch import AttentionMetadata
 from inferneo_core.cache_rows import SCALE_BYTES, from_rows, row_elements, to_rows
 from inferneo_core.config import ModelConfig, RopeConfig
-from inferneo_core.errors import BackendUnavailable
 from inferneo_core.kv_cache import KVCache, block_bytes
 from inferneo_core.ops.base import CacheLayer, Linear, Norm, Segment
 from inferneo_core.ops.cpu_ops import CpuOps
@@ -25,15 +24,6 @@ ENGINES: tuple[dict[str, Any], ...] = (  # of a tiny model on CpuOps: all give t
     {"max_num_batched_tokens": 7},
     {"max_num_batched_tokens": 13, "max_num_seqs": 3, "enable_prefix_caching": False},
 )
-
-
-@pytest.fixture(params=["scalar", "avx2", "avx512", "avx512bf16"])
-def cpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> CpuOps:
-    monkeypatch.setenv("INFERNEO_CPU_ISA", request.param)
-    try:
-        return CpuOps(num_threads=2)
-    except BackendUnavailable as error:
-        pytest.skip(str(error))
 
 
 def test_row_is_its_codes_and_their_scale() -> None:

@@ -40,16 +40,6 @@ def assert_same(actual: SampleOutput, expected: SampleOutput) -> None:
         assert theirs is None or torch.equal(ours, theirs), name
 
 
-@pytest.fixture(params=["scalar", "avx2", "avx512"])
-def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    monkeypatch.setenv("INFERNEO_CPU_ISA", request.param)
-    try:
-        assert CpuOps().isa == request.param
-    except BackendUnavailable as error:
-        pytest.skip(str(error))
-    return str(request.param)
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
     ("num_rows", "vocab_size"), [(4, 1), (5, 2), (6, 5), (5, 123), (7, 1000), (2, 49152), (1, 128256)]
