@@ -86,10 +86,11 @@ class Gate:
 
 @pytest.fixture
 def hold(live: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int], Gate]]:
-    """hold(steps) makes the server's engine stand still after so many steps from now."""
+    """hold(steps) makes the server's engine stand still after so many steps from now, one token each."""
     gates: list[Gate] = []
 
     def make(steps: int) -> Gate:
+        monkeypatch.setattr(live.engine._engine._runner, "num_steps", lambda batch: 1)
         gates.append(Gate(live.engine._engine.step, steps))
         monkeypatch.setattr(live.engine._engine, "step", gates[-1])
         return gates[-1]
