@@ -75,12 +75,21 @@ struct Avx2 {
     const Ints is_set = _mm256_cmpeq_epi8(_mm256_and_si256(spread, bits), bits);
     return _mm256_or_si256(codes, _mm256_and_si256(is_set, _mm256_set1_epi8(kValue)));
   }
-  // Codes below 64: two products of a code and an int8 fit an int16.
-  INFERNEO_INLINE static Ints dot(Ints sum, Ints codes, const int8_t* x) { return dot(sum, codes, four(x)); }
+  // Two products of a code and an int8 to each word: less than 2 * 127 * 2**bits each time.
+  static constexpr int dots_in_words(int bits) { return bits == 4 ? 8 : bits == 5 ? 4 : 2; }
+  INFERNEO_INLINE static Ints products_in_words(Ints codes, const int8_t* x) {
+    return _mm256_maddubs_epi16(codes, four(x));
+  }
+  INFERNEO_INLINE static Ints add_words(Ints a, Ints b) {
+    Ints sum = _mm256_add_epi16(a, b);
+    asm("" : "+x"(sum));  // else GCC adds as in a tree, and half of the products go through memory
+    return sum;
+  }
+  INFERNEO_INLINE static Ints sum_words(Ints words) { return dot_words(words, _mm256_set1_epi16(1)); }
   // code - 128 times x. |code - 128| <= 128 and |x| <= 127: two products fit an int16 again.
   INFERNEO_INLINE static Ints dot_bytes(Ints sum, Ints codes, const int8_t* x) {
     const Ints weights = _mm256_xor_si256(codes, _mm256_set1_epi8(static_cast<char>(0x80)));
-    return dot(sum, _mm256_abs_epi8(weights), _mm256_sign_epi8(four(x), weights));
+    return add(sum, sum_words(_mm256_maddubs_epi16(_mm256_abs_epi8(weights), _mm256_sign_epi8(four(x), weights))));
   }
   INFERNEO_INLINE static int32_t sum_of_16(const int8_t* codes) {  // GCC adds up a plain loop element by element
     const __m128i biased = _mm_xor_si128(_mm_loadu_si128(reinterpret_cast<const __m128i*>(codes)), _mm_set1_epi8(-128));
@@ -94,9 +103,6 @@ struct Avx2 {
 
  private:
   INFERNEO_INLINE static Ints four(const int8_t* x) { return _mm256_set1_epi32(load_as<int32_t>(x)); }
-  INFERNEO_INLINE static Ints dot(Ints sum, Ints codes, Ints x) {
-    return _mm256_add_epi32(sum, _mm256_madd_epi16(_mm256_maddubs_epi16(codes, x), _mm256_set1_epi16(1)));
-  }
 };
 
 }  // namespace

@@ -22,6 +22,7 @@ struct Avx512 {
   static constexpr int kRows = 16;
   static constexpr int kTokens = 12;  // 32 registers: 12 tokens' integers and floats, and 8 at hand
   static constexpr int kPairTokens = 8;
+  static constexpr int dots_in_words(int) { return 0; }
   static constexpr bool kSignedBytes = false;
   using Floats = __m512;
   using Ints = __m512i;

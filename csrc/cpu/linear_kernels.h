@@ -3,6 +3,7 @@
 //
 //   V::kRows                    rows of a group that one vector holds
 //   V::kTokens, V::kPairTokens  the most tokens that a tile keeps in registers; multiples of kQuad
+//   V::dots_in_words(bits)      how many dots of codes of so many bits are summed in 16 bits; 0: V::dot sums them in 32
 //   V::kSignedBytes             dot_bytes takes the codes of 8 bits as signed; otherwise as unsigned
 //   V::Floats, V::Ints          kRows floats, kRows int32 (or 4 * kRows code bytes)
 //
@@ -57,18 +58,35 @@ INFERNEO_INLINE typename V::Ints with_high_bits(typename V::Ints codes, const ui
   return codes;
 }
 
-// The codes of a block below 8 bits, times activations: of the first 16 columns to head, of the last 16 to tail.
-// x(t): token t's.
+// The codes of a block below 8 bits, times activations: of the first 16 columns to head, of the last 16 to tail; they
+// may be the same. x(t): token t's.
 template <class V, Format F, int T, class Activations>
 INFERNEO_INLINE void add_nibbles(const uint8_t* codes, int first, Activations x, typename V::Ints (&head)[T],
                                  typename V::Ints (&tail)[T]) {
+  constexpr int kInWords = V::dots_in_words(traits(F).bits);
+  constexpr bool kHalves = traits(F).scaling == Scaling::kSuperHalves;
+  typename V::Ints words[kHalves ? 2 : 1][T];  // sums in 16 bits, on their way to head and tail
   INFERNEO_UNROLL
   for (int j = 0; j < 4; ++j) {
     const auto packed = V::load(codes + 4 * first + 64 * j);
-    const auto low = with_high_bits<V, F>(V::low_nibbles(packed), codes, j, first);
-    for (int t = 0; t < T; ++t) head[t] = V::dot(head[t], low, x(t) + 4 * j);
-    const auto high = with_high_bits<V, F>(V::high_nibbles(packed), codes, j + 4, first);
-    for (int t = 0; t < T; ++t) tail[t] = V::dot(tail[t], high, x(t) + 16 + 4 * j);
+    INFERNEO_UNROLL
+    for (int half = 0; half < 2; ++half) {
+      const auto nibbles = half == 0 ? V::low_nibbles(packed) : V::high_nibbles(packed);
+      const auto weights = with_high_bits<V, F>(nibbles, codes, j + 4 * half, first);
+      auto& sums = half == 0 ? head : tail;
+      for (int t = 0; t < T; ++t) {
+        const int8_t* const columns = x(t) + 16 * half + 4 * j;
+        if constexpr (kInWords == 0) {
+          sums[t] = V::dot(sums[t], weights, columns);
+        } else {
+          const int nth = kHalves ? j : 2 * j + half;  // of the dots that go to one sum
+          auto& word = words[kHalves ? half : 0][t];
+          const auto products = V::products_in_words(weights, columns);
+          word = nth % kInWords == 0 ? products : V::add_words(word, products);
+          if (nth % kInWords == kInWords - 1) sums[t] = V::add(sums[t], V::sum_words(word));
+        }
+      }
+    }
   }
 }
 

@@ -10,6 +10,7 @@ struct Scalar {
   static constexpr int kRows = 1;
   static constexpr int kTokens = 4;
   static constexpr int kPairTokens = 4;
+  static constexpr int dots_in_words(int) { return 0; }
   static constexpr bool kSignedBytes = false;
   using Floats = float;
   using Ints = uint32_t;  // an int32 in two's complement, or four codes

@@ -226,6 +226,21 @@ def test_activations_of_any_magnitude_are_quantised(name: str, isa: str) -> None
     torch.testing.assert_close(product(x, pack(segment)).double(), exact, rtol=1e-4, atol=1e-36)
 
 
+@pytest.mark.parametrize("name", BLOCK_TYPES)
+@pytest.mark.parametrize("value", [1.0, -1.0])
+def test_sums_of_the_largest_codes_and_activations_do_not_overflow(name: str, value: float, isa: str) -> None:
+    segment = make_segment(name, 16, 512)
+    ones = torch.full_like(segment.data, 255)
+    scales = {"Q4_1": (0, 4), "Q5_1": (0, 4), "Q4_K": (0, 4), "Q5_K": (0, 4), "Q6_K": (208, 210)}.get(name, (0, 2))
+    _, type_size = BLOCK_TYPES[name]
+    ones.view(-1, type_size)[:, slice(*scales)] = segment.data.view(-1, type_size)[:, slice(*scales)]
+    if name == "Q8_0":  # 255 is -1 there
+        ones.view(-1, type_size)[:, 2:] = 128
+    segment = Segment(ones, name)
+    x = torch.full((5, 512), value)
+    assert_close_sums(product(x, pack(segment)), exact_product(x, segment), x, segment)
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 @pytest.mark.parametrize("name", ["Q4_0", "Q4_1", "Q8_0", "Q6_K", "F32"])
 def test_a_number_that_is_none_spoils_its_own_token_only(name: str, bad: float, isa: str) -> None:
