@@ -4,6 +4,10 @@
 #include <stdexcept>
 #include <string>
 
+#if defined(__aarch64__) && defined(__linux__)
+#include <sys/auxv.h>
+#endif
+
 namespace inferneo {
 namespace {
 
@@ -219,6 +223,10 @@ Isa best_isa() {
     return __builtin_cpu_supports("avx512bf16") ? Isa::kAvx512Bf16 : Isa::kAvx512;
   }
   if (__builtin_cpu_supports("avx2")) return Isa::kAvx2;
+#elif defined(__aarch64__) && defined(__linux__)
+  if (getauxval(AT_HWCAP) & HWCAP_ASIMDDP) return Isa::kNeon;
+#elif defined(__aarch64__) && defined(__APPLE__)
+  return Isa::kNeon;  // since the first of Apple's own
 #endif
   return Isa::kScalar;
 }
@@ -233,23 +241,37 @@ const char* isa_name(Isa isa) {
       return "avx512";
     case Isa::kAvx2:
       return "avx2";
+    case Isa::kNeon:
+      return "neon";
     default:
       return "scalar";
   }
 }
 
+// Those that this file is compiled for.
+#if defined(__x86_64__)
+constexpr Isa kKnown[] = {Isa::kScalar, Isa::kAvx2, Isa::kAvx512, Isa::kAvx512Bf16};
+constexpr const char* kKnownNames = "scalar, avx2, avx512 or avx512bf16";
+#elif defined(__aarch64__)
+constexpr Isa kKnown[] = {Isa::kScalar, Isa::kNeon};
+constexpr const char* kKnownNames = "scalar or neon";
+#else
+constexpr Isa kKnown[] = {Isa::kScalar};
+constexpr const char* kKnownNames = "scalar";
+#endif
+
 Isa cpu_isa() {
   static const Isa best = best_isa();
   const char* requested = std::getenv("INFERNEO_CPU_ISA");
   if (requested == nullptr || *requested == '\0') return best;
-  for (const Isa isa : {Isa::kScalar, Isa::kAvx2, Isa::kAvx512, Isa::kAvx512Bf16}) {
+  for (const Isa isa : kKnown) {
     if (std::string(requested) != isa_name(isa)) continue;
     if (isa <= best) return isa;
     throw std::runtime_error("BackendUnavailable: INFERNEO_CPU_ISA is '" + std::string(requested) +
                              "'; this machine runs up to '" + isa_name(best) + "' (unset it)");
   }
-  throw std::runtime_error("BackendUnavailable: INFERNEO_CPU_ISA is '" + std::string(requested) +
-                           "'; it is scalar, avx2, avx512 or avx512bf16 (unset it for the best)");
+  throw std::runtime_error("BackendUnavailable: INFERNEO_CPU_ISA is '" + std::string(requested) + "'; it is " +
+                           kKnownNames + " (unset it for the best)");
 }
 
 template <class T>

@@ -47,7 +47,8 @@ struct ListPasses {
   TokenKey (*draw)(const TokenKey* tokens, int64_t count, const DrawKey& key);
 };
 
-enum class Isa { kScalar, kAvx2, kAvx512, kAvx512Bf16 };  // each has all that those before it have
+// Of one machine's, each has all that those before it have. kNeon: with dot products.
+enum class Isa { kScalar, kNeon, kAvx2, kAvx512, kAvx512Bf16 };
 
 // The best instruction set of this machine, or the one that INFERNEO_CPU_ISA names.
 // Throws std::runtime_error if the variable holds something else or the machine lacks what it asks for.

@@ -14,8 +14,11 @@
 
 #include "cache_words.h"
 
-constexpr int64_t kColumns = kLanes == 16 ? 4 : 2;                 // vectors a micro-kernel is wide: what
-constexpr int64_t kRows = kLanes == 16 ? 6 : kLanes == 8 ? 4 : 3;  // the registers hold, with one to spare
+#if INFERNEO_LANES == 16 || defined(__aarch64__)
+constexpr int64_t kColumns = 4, kRows = 6;  // vectors and rows of a micro-kernel: what 32 registers hold,
+#else
+constexpr int64_t kColumns = 2, kRows = kLanes == 8 ? 4 : 3;  // or 16, with one to spare
+#endif
 
 INFERNEO_INLINE int64_t padded(int64_t head_dim) { return (head_dim + kLanes - 1) / kLanes * kLanes; }
 

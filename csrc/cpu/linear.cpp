@@ -5,6 +5,7 @@
 namespace inferneo {
 
 extern const LinearKernels kScalarLinear;
+extern const LinearKernels kNeonLinear;
 extern const LinearKernels kAvx2Linear;
 extern const LinearKernels kAvx512Linear;
 
@@ -61,6 +62,8 @@ const LinearKernels& linear_kernels(Isa isa) {
   __builtin_cpu_init();
   if (isa >= Isa::kAvx512 && __builtin_cpu_supports("avx512vnni")) return kAvx512Linear;
   if (isa >= Isa::kAvx2 && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) return kAvx2Linear;
+#elif defined(__aarch64__)
+  if (isa == Isa::kNeon) return kNeonLinear;
 #endif
   static_cast<void>(isa);
   return kScalarLinear;

@@ -1,5 +1,6 @@
 // Runs the products of linear.h without torch, for the sanitizers: tests/ops/test_cpu_linear_native.py builds it with
-// ASan and UBSan and runs it once an instruction set. Every array has exactly the size it is said to have.
+// ASan and UBSan and runs it once an instruction set, tests/ops/test_cpu_aarch64.py on another processor. Every array
+// has exactly the size it is said to have.
 #include "linear.h"
 
 #include <cmath>
@@ -10,6 +11,7 @@
 #include <vector>
 
 #include "half.h"
+#include "test_numbers.h"
 
 namespace inferneo {
 namespace {
@@ -80,19 +82,20 @@ std::vector<float> product(const LinearKernels& kernels, const PackedLinear& lin
   return out;
 }
 
-void check_format(Format format, int64_t columns, const LinearKernels& kernels, std::mt19937& random) {
+void check_format(Format format, int64_t columns, const LinearKernels& kernels, std::mt19937& random,
+                  Checksum& checksum) {
   constexpr int64_t kRows = 37;
   const Weight weight = make_weight(format, kRows, columns, random);
   std::vector<float> dense(kRows * columns);
   std::vector<int64_t> ids(kRows);
   for (int64_t row = 0; row < kRows; ++row) ids[row] = row;
   unpack_rows(weight.linear(), ids.data(), kRows, dense.data());
-  std::normal_distribution<float> normal;
   for (const int64_t num_tokens : {1, 2, 7, 13, 25}) {
     std::vector<float> x(num_tokens * columns), residual(num_tokens * kRows);
-    for (float& value : x) value = normal(random);
-    for (float& value : residual) value = normal(random);
+    for (float& value : x) value = draw_number(random);
+    for (float& value : residual) value = draw_number(random);
     const std::vector<float> y = product(kernels, weight.linear(), x, 1, residual);
+    checksum.add(y);
     for (const int lanes : {2, 3, 5}) {
       expect(y == product(kernels, weight.linear(), x, lanes, residual), "the split changes nothing", format);
     }
@@ -116,11 +119,13 @@ int run() {
   std::mt19937 random(1);
   const Isa isa = cpu_isa();
   const LinearKernels& kernels = linear_kernels(isa);
+  Checksum checksum;
   for (int i = 0; i < kNumFormats; ++i) {
     const auto format = static_cast<Format>(i);
-    check_format(format, is_dense(format) ? 83 : traits(format).type_columns * 3, kernels, random);
+    check_format(format, is_dense(format) ? 83 : traits(format).type_columns * 3, kernels, random, checksum);
   }
   std::puts(isa_name(isa));
+  checksum.print();
   return 0;
 }
 

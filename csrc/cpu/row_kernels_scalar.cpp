@@ -8,6 +8,10 @@
 #include "half.h"
 #include "row_kernels.h"
 
+#if defined(__aarch64__)
+#include <arm_neon.h>
+#endif
+
 #define INFERNEO_LANES 4
 #define INFERNEO_BF16_DOT 0
 namespace inferneo {

@@ -1,6 +1,6 @@
 // A vector of kLanes floats in the widest registers of an instruction set. Included once in each row_kernels_*.cpp, in
 // a namespace of its own and after the compiler was told the target; INFERNEO_LANES is 16 (AVX-512), 8 (AVX2 and FMA)
-// or 4 (whatever the compiler's baseline has, SSE2 and NEON among it). INFERNEO_BF16_DOT is 1 where the machine
+// or 4 (NEON, or whatever the compiler's baseline has, such as SSE2). INFERNEO_BF16_DOT is 1 where the machine
 // multiplies pairs of bf16 (AVX512-BF16), otherwise 0.
 
 constexpr int64_t kLanes = INFERNEO_LANES;
@@ -74,6 +74,14 @@ INFERNEO_INLINE Vec load(const Half* x) {
 }
 INFERNEO_INLINE Vec load(const Code* x) {
   return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(x))));
+}
+#elif defined(__aarch64__)
+INFERNEO_INLINE Vec fma(Vec a, Vec b, Vec c) { return vfmaq_f32(c, a, b); }
+INFERNEO_INLINE Vec load(const BFloat16* x) { return vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(&x->bits), 16)); }
+INFERNEO_INLINE Vec load(const Half* x) { return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(&x->bits))); }
+INFERNEO_INLINE Vec load(const Code* x) {
+  const int8x8_t codes = vreinterpret_s8_u32(vdup_n_u32(load_as<uint32_t>(x)));
+  return vcvtq_f32_s32(vmovl_s16(vget_low_s16(vmovl_s8(codes))));
 }
 #else
 INFERNEO_INLINE Vec fma(Vec a, Vec b, Vec c) {

@@ -26,8 +26,8 @@ class CpuOps:
     and softmax weights to bf16. A token's bits depend neither on its batch, nor on how its prompt was cut, nor on the
     number of threads.
 
-    The environment variable INFERNEO_CPU_ISA (scalar, avx2, avx512 or avx512bf16) overrides the instruction set that
-    is chosen for this machine; it is read at every call.
+    The environment variable INFERNEO_CPU_ISA (scalar, avx2, avx512 or avx512bf16; on ARM scalar or neon) overrides the
+    instruction set that is chosen for this machine; it is read at every call.
 
     Args:
         num_threads: threads that compute, the caller's among them; None takes the cores that this process may use.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -28,7 +29,10 @@ MakeBatch = Callable[..., SamplingBatch]
 MakeLogits = Callable[..., Tensor]
 
 
-@pytest.fixture(params=["scalar", "avx2", "avx512", "avx512bf16"])
+IS_ARM = platform.machine() in ("aarch64", "arm64")
+
+
+@pytest.fixture(params=["scalar", "neon"] if IS_ARM else ["scalar", "avx2", "avx512", "avx512bf16"])
 def cpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> CpuOps:
     """CpuOps on each instruction set that this machine has."""
     monkeypatch.setenv("INFERNEO_CPU_ISA", request.param)

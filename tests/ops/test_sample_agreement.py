@@ -133,7 +133,7 @@ def test_an_unknown_instruction_set_is_refused(
 ) -> None:
     ops = CpuOps()
     monkeypatch.setenv("INFERNEO_CPU_ISA", value)
-    with pytest.raises(BackendUnavailable, match="scalar, avx2, avx512 or avx512bf16"):
+    with pytest.raises(BackendUnavailable, match="it is scalar"):
         CpuOps()
     with pytest.raises(BackendUnavailable, match=value):
         ops.sample(torch.zeros(1, 5), make_batch(1))
