@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import TYPE_CHECKING, TextIO
 
+from inferneo.cli_errors import OutputError
+
 if TYPE_CHECKING:
     from inferneo_core import Engine, SamplingParams
     from inferneo_core.outputs import Timings
@@ -27,10 +29,16 @@ class Screen:
         self._is_terminal = stream.isatty()
 
     def write(self, text: str) -> None:
+        """Raises OutputError where there is no room; a closed pipe is for the command to be quiet about."""
         if self._is_terminal:
             text = text.translate(_HARMLESS)
-        self._stream.write(text)
-        self._stream.flush()
+        try:
+            self._stream.write(text)
+            self._stream.flush()
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            raise OutputError(f"cannot write the answer: {error.strerror or error}") from error
 
 
 @dataclass(frozen=True, slots=True)

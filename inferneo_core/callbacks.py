@@ -40,8 +40,14 @@ def stream_with_callback(
     Returns:
         The Completion; its finish_reason is "abort" after a False.
     Raises:
+        TypeError: the callback lacks a method; nothing was started.
         What Engine.stream and iteration over its stream raise.
     """
+    for method in ("on_token", "on_complete"):
+        if not callable(getattr(callback, method, None)):
+            raise TypeError(
+                f"callback is a {type(callback).__name__} without {method}; it has on_token(token) and on_complete()"
+            )
     with engine.stream(prompt, params) as stream:
         for token in stream:
             if callback.on_token(token.text) is False:

@@ -96,10 +96,16 @@ def test_exception_on_completion_propagates(tiny_engine: Any) -> None:
     assert blocks_are_back(engine)
 
 
-def test_object_without_the_methods_is_an_attribute_error(tiny_engine: Any) -> None:
+def test_object_without_the_methods_is_refused_before_anything_starts(tiny_engine: Any) -> None:
+    class Half:
+        def on_token(self, token: str) -> None:
+            raise AssertionError("called")
+
     engine = tiny_engine()
-    with pytest.raises(AttributeError, match="on_token"):
-        stream_with_callback(engine, PROMPT, object(), PARAMS)  # type: ignore[arg-type]
+    for callback, missing in ((print, "on_token"), (Half(), "on_complete")):
+        with pytest.raises(TypeError, match=f"without {missing}"):
+            stream_with_callback(engine, PROMPT, callback, PARAMS)  # type: ignore[arg-type]
+    assert engine.stats().steps == 0
     assert blocks_are_back(engine)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -59,6 +60,35 @@ def test_broken_pipe_is_quiet():
         process.stdout.close()
         assert process.stderr.read() == b""
         assert process.wait(timeout=60) == 1
+
+
+def test_full_disk_is_one_line():
+    command = [sys.executable, "-c", ENDLESS, "generate", "m", "Hi"]
+    with Path("/dev/full").open("wb") as full:
+        result = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, timeout=120, check=False)
+    assert result.returncode == 1
+    assert result.stderr == "error: cannot write the answer: No space left on device\n"
+
+
+def test_interrupt_while_the_engine_is_imported_ends_the_command(tmp_path):
+    (tmp_path / "inferneo_core").mkdir()
+    swallowing = "try:\n    print('importing', flush=True); time.sleep(60)\nexcept KeyboardInterrupt:\n    pass\n"
+    (tmp_path / "inferneo_core/__init__.py").write_text(f"import time\n{swallowing}")
+    code = f"""
+import signal, sys
+from inferneo.cli import main
+sys.path.insert(0, {str(tmp_path)!r})
+signal.signal(signal.SIGINT, signal.default_int_handler)
+main()
+"""
+    command = [sys.executable, "-c", code, "generate", "m", "Hi"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        assert process.stdout.readline() == b"importing\n"
+        process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=60) == -signal.SIGINT
+        assert process.stderr.read() == b""
 
 
 def test_chat_survives_a_real_interrupt(tmp_path):

@@ -35,11 +35,15 @@ def bind(settings: ServerSettings) -> socket.socket:
         listener.bind((settings.host, settings.port))
     except OSError as error:
         listener.close()
-        raise ConfigError(
-            f"cannot listen on {settings.host}, port {settings.port}: {error.strerror or error} (choose others with "
-            "--host and --port)"
-        ) from error
+        raise _refused_address(settings, error) from error
     return listener
+
+
+def _refused_address(settings: ServerSettings, error: OSError) -> ConfigError:
+    return ConfigError(
+        f"cannot listen on {settings.host}, port {settings.port}: {error.strerror or error} (choose others with "
+        "--host and --port)"
+    )
 
 
 def serve(
@@ -88,6 +92,7 @@ class Server(uvicorn.Server):
         )
         super().__init__(config)
         self._engine = engine
+        self._settings = settings
         self._shutdown_seconds = settings.shutdown_seconds
         self._lifecycle: Lifecycle = app.state.service.lifecycle
         self._on_started = on_started
@@ -97,6 +102,11 @@ class Server(uvicorn.Server):
             await super().serve(sockets)
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        for listener in sockets or ():
+            try:
+                listener.listen(self.config.backlog)
+            except OSError as error:  # a server that was bound to the same port meanwhile was faster
+                raise _refused_address(self._settings, error) from error
         await super().startup(sockets)
         self._on_started()
 

@@ -18,7 +18,7 @@ from websockets.exceptions import ConnectionClosedError
 from websockets.sync.client import connect
 
 from inferneo.cli import app
-from inferneo.server.serve import bind, describe_address
+from inferneo.server.serve import Server, bind, describe_address
 from inferneo.server.settings import ServerSettings
 from inferneo_core.errors import ConfigError
 
@@ -139,6 +139,15 @@ def test_taken_port_is_an_error_that_says_so() -> None:
         port = listener.getsockname()[1]
         with pytest.raises(ConfigError, match=rf"cannot listen on 127.0.0.1, port {port}.*--port"):
             bind(settings(port=port))
+
+
+def test_port_that_another_server_took_meanwhile_is_an_error_that_says_so(async_engine: Any) -> None:
+    with bind(settings(port=0)) as first:
+        port = first.getsockname()[1]
+        with bind(settings(port=port)) as second:  # neither listens yet
+            first.listen()
+            with pytest.raises(ConfigError, match=f"cannot listen on 127.0.0.1, port {port}"):
+                Server(async_engine(), settings(port=port), on_started=pytest.fail).run(sockets=[second])
 
 
 @pytest.mark.parametrize("host", ["256.1.1.1", "no.such.host.invalid"])
