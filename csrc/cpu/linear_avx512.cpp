@@ -81,51 +81,58 @@ struct Avx512 {
     const __m128i sums = _mm_sad_epu8(biased, _mm_setzero_si128());
     return _mm_cvtsi128_si32(sums) + _mm_extract_epi32(sums, 2) - 16 * 128;
   }
-  INFERNEO_INLINE static __m256i largest_of_32(const float* x) {  // of four columns each, by bits
+  // What linear_kernels.h does token by token, of four tokens at once.
+  INFERNEO_INLINE static QuadInts largest_of_quad(const float* x, int64_t stride) {
     const Ints magnitude = _mm512_set1_epi32(0x7fffffff);
-    const Ints most = _mm512_max_epu32(_mm512_and_si512(_mm512_loadu_si512(x), magnitude),
-                                       _mm512_and_si512(_mm512_loadu_si512(x + 16), magnitude));
-    return _mm256_max_epu32(_mm512_castsi512_si256(most), _mm512_extracti64x4_epi64(most, 1));
-  }
-  // What linear_kernels.h does token by token, of four tokens at once: what is one number a token goes through one
-  // vector of four.
-  INFERNEO_INLINE static void quantize_quad(const float* x, int64_t stride, int8_t (&out)[kQuad][kBlockColumns],
-                                            QuadCodes& made) {
-    const __m256i ab_low = _mm256_unpacklo_epi32(largest_of_32(x), largest_of_32(x + stride));
-    const __m256i ab_high = _mm256_unpackhi_epi32(largest_of_32(x), largest_of_32(x + stride));
-    const __m256i cd_low = _mm256_unpacklo_epi32(largest_of_32(x + 2 * stride), largest_of_32(x + 3 * stride));
-    const __m256i cd_high = _mm256_unpackhi_epi32(largest_of_32(x + 2 * stride), largest_of_32(x + 3 * stride));
-    const __m256i ab = _mm256_max_epu32(ab_low, ab_high), cd = _mm256_max_epu32(cd_low, cd_high);
-    const __m256i both = _mm256_max_epu32(_mm256_unpacklo_epi64(ab, cd), _mm256_unpackhi_epi64(ab, cd));
-    const __m128i bits = _mm_max_epu32(_mm256_castsi256_si128(both), _mm256_extracti128_si256(both, 1));
-    const __mmask8 is_there = _mm_cmpge_epu32_mask(bits, _mm_set1_epi32(kSmallestLargest));
-    const __m128 largest = _mm_castsi128_ps(bits), most_code = _mm_set1_ps(127.0f);
-    _mm_store_ps(made.largest, _mm_maskz_mov_ps(is_there, largest));
-    alignas(16) float inverse[kQuad];
-    _mm_store_ps(inverse, _mm_maskz_div_ps(is_there, most_code, largest));
-    __m256i sums[kQuad];
+    Ints most[kQuad];
     INFERNEO_UNROLL
     for (int t = 0; t < kQuad; ++t) {
-      const Floats factor = _mm512_set1_ps(inverse[t]), round = _mm512_set1_ps(kRoundCode);
-      const Floats low = _mm512_add_ps(_mm512_mul_ps(_mm512_loadu_ps(x + t * stride), factor), round);
-      const Floats high = _mm512_add_ps(_mm512_mul_ps(_mm512_loadu_ps(x + t * stride + 16), factor), round);
-      const __m256i codes = _mm256_set_m128i(_mm512_maskz_cvtepi32_epi8(0xffff, _mm512_castps_si512(high)),
-                                             _mm512_maskz_cvtepi32_epi8(0xffff, _mm512_castps_si512(low)));
-      _mm256_storeu_si256(reinterpret_cast<__m256i*>(out[t]), codes);
-      sums[t] = _mm256_sad_epu8(_mm256_xor_si256(codes, _mm256_set1_epi8(-128)), _mm256_setzero_si256());
+      most[t] = larger(_mm512_and_si512(_mm512_loadu_si512(x + t * stride), magnitude),
+                       _mm512_and_si512(_mm512_loadu_si512(x + t * stride + 16), magnitude));
     }
-    const __m256i first = _mm256_or_si256(sums[0], _mm256_slli_epi64(sums[1], 32));
-    const __m256i last = _mm256_or_si256(sums[2], _mm256_slli_epi64(sums[3], 32));
-    const __m256i halves = _mm256_add_epi32(_mm256_unpacklo_epi64(first, last), _mm256_unpackhi_epi64(first, last));
-    const __m128i bias = _mm_set1_epi32(16 * 128);
-    const __m128i head = _mm_sub_epi32(_mm256_castsi256_si128(halves), bias);
-    const __m128i sum = _mm_add_epi32(head, _mm_sub_epi32(_mm256_extracti128_si256(halves, 1), bias));
-    _mm_store_si128(reinterpret_cast<__m128i*>(made.head), head);
-    _mm_store_si128(reinterpret_cast<__m128i*>(made.sum), sum);
+    const Ints ab = larger(_mm512_unpacklo_epi32(most[0], most[1]), _mm512_unpackhi_epi32(most[0], most[1]));
+    const Ints cd = larger(_mm512_unpacklo_epi32(most[2], most[3]), _mm512_unpackhi_epi32(most[2], most[3]));
+    const Ints abcd = larger(_mm512_unpacklo_epi64(ab, cd), _mm512_unpackhi_epi64(ab, cd));
+    const __m256i half = _mm256_max_epi32(_mm512_castsi512_si256(abcd), _mm512_extracti64x4_epi64(abcd, 1));
+    return reinterpret_cast<QuadInts>(_mm_max_epi32(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1)));
+  }
+  INFERNEO_INLINE static QuadSums codes_of_quad(const float* x, int64_t stride, QuadFloats inverse,
+                                                int8_t (&out)[kQuad][kBlockColumns]) {
+    const Floats round = _mm512_set1_ps(kRoundCode);
+    Ints words[kQuad];  // int16 codes
+    INFERNEO_UNROLL
+    for (int t = 0; t < kQuad; ++t) {
+      const Floats factor = _mm512_set1_ps(inverse[t]);
+      const Floats low = add(mul(_mm512_loadu_ps(x + t * stride), factor), round);
+      const Floats high = add(mul(_mm512_loadu_ps(x + t * stride + 16), factor), round);
+      words[t] = low_words(_mm512_castps_si512(low), _mm512_castps_si512(high));
+    }
+    // In turns eight codes of one token and eight of the other.
+    const Ints ab = _mm512_packs_epi16(words[0], words[1]), cd = _mm512_packs_epi16(words[2], words[3]);
+    const Ints order = _mm512_setr_epi64(0, 2, 4, 6, 1, 3, 5, 7);
+    _mm512_storeu_si512(out[0], _mm512_permutexvar_epi64(order, ab));
+    _mm512_storeu_si512(out[2], _mm512_permutexvar_epi64(order, cd));
+    const Floats ab_sums = _mm512_castsi512_ps(_mm512_dpbusd_epi32(zero_ints(), _mm512_set1_epi8(1), ab));
+    const Floats cd_sums = _mm512_castsi512_ps(_mm512_dpbusd_epi32(zero_ints(), _mm512_set1_epi8(1), cd));
+    const Ints sums = add(_mm512_castps_si512(_mm512_shuffle_ps(ab_sums, cd_sums, 0x88)),
+                          _mm512_castps_si512(_mm512_shuffle_ps(ab_sums, cd_sums, 0xdd)));
+    const __m256i head = _mm512_castsi512_si256(sums), tail = _mm512_extracti64x4_epi64(sums, 1);
+    return {sum_of_halves(head), sum_of_halves(_mm256_add_epi32(head, tail))};
   }
   INFERNEO_INLINE static void store(float* out, Floats x) { _mm512_storeu_ps(out, x); }
   INFERNEO_INLINE static void prefetch(const uint8_t* p, int64_t bytes) {
     for (int64_t i = 0; i < bytes; i += 64) _mm_prefetch(reinterpret_cast<const char*>(p + i), _MM_HINT_T1);
+  }
+
+ private:
+  INFERNEO_INLINE static Ints larger(Ints a, Ints b) { return _mm512_max_epi32(a, b); }
+  INFERNEO_INLINE static Ints low_words(Ints a, Ints b) {
+    alignas(64) static constexpr int16_t kLow[32] = {0,  2,  4,  6,  8,  10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30,
+                                                     32, 34, 36, 38, 40, 42, 44, 46, 48, 50, 52, 54, 56, 58, 60, 62};
+    return _mm512_permutex2var_epi16(a, _mm512_load_si512(kLow), b);
+  }
+  INFERNEO_INLINE static QuadInts sum_of_halves(__m256i x) {
+    return reinterpret_cast<QuadInts>(_mm_add_epi32(_mm256_castsi256_si128(x), _mm256_extracti128_si256(x, 1)));
   }
 };
 

@@ -14,37 +14,56 @@ namespace inferneo {
 namespace {
 
 // The loops over 32 columns have no branches, so that they vectorise.
-template <class V>
-INFERNEO_INLINE void quantize_block(const float* x, int8_t* codes, int token, QuadCodes& made) {
-  uint32_t largest = 0;  // by bits: a NaN is above all
+INFERNEO_INLINE int32_t largest_of_block(const float* x) {
+  int32_t largest = 0;  // by bits: a NaN is above all
   for (int i = 0; i < kBlockColumns; ++i) {
-    const uint32_t bits = float_bits(x[i]) & 0x7fffffffu;
+    const auto bits = static_cast<int32_t>(float_bits(x[i]) & 0x7fffffffu);
     largest = bits > largest ? bits : largest;
   }
-  if (largest < kSmallestLargest) largest = 0;
-  const float inverse = largest == 0 ? 0.0f : 127.0f / bits_float(largest);
+  return largest;
+}
+
+INFERNEO_INLINE void codes_of_block(const float* x, float inverse, int8_t* codes) {
   for (int i = 0; i < kBlockColumns; ++i) {
     codes[i] = static_cast<int8_t>(float_bits(x[i] * inverse + kRoundCode) - float_bits(kRoundCode));
   }
-  made.largest[token] = bits_float(largest);
-  made.head[token] = V::sum_of_16(codes);
-  made.sum[token] = made.head[token] + V::sum_of_16(codes + 16);
 }
 
-// The codes of a block of `count` tokens, each x_stride floats behind the one before. Other tokens' are left as they
-// are: what scales them is 0.
+struct QuadScale {
+  QuadFloats largest;  // magnitude; NaN if one is, so that it spoils the block visibly; 0 below kSmallestLargest
+  QuadFloats inverse;  // of the scale
+};
+
+// Of a block of `count` tokens, each `stride` floats behind the one before.
 template <class V>
-INFERNEO_INLINE QuadCodes quantize_quad(const float* x, int64_t x_stride, int count,
-                                        int8_t (&codes)[kQuad][kBlockColumns]) {
-  QuadCodes made = {};
-  if constexpr (requires { &V::quantize_quad; }) {
-    if (count == kQuad) {
-      V::quantize_quad(x, x_stride, codes, made);
-      return made;
-    }
+INFERNEO_INLINE QuadScale scale_of_quad(const float* x, int64_t stride, int count) {
+  const auto scale = [](QuadInts bits) -> QuadScale {
+    const QuadInts largest = bits < kSmallestLargest ? QuadInts{} : bits;
+    return {reinterpret_cast<QuadFloats>(largest),
+            largest == 0 ? QuadFloats{} : 127.0f / reinterpret_cast<QuadFloats>(largest)};
+  };
+  if constexpr (requires { &V::largest_of_quad; }) {
+    if (count == kQuad) return scale(V::largest_of_quad(x, stride));
   }
-  for (int token = 0; token < count; ++token) quantize_block<V>(x + token * x_stride, codes[token], token, made);
-  return made;
+  QuadInts bits = {};
+  for (int t = 0; t < count; ++t) bits[t] = largest_of_block(x + t * stride);
+  return scale(bits);
+}
+
+// Other tokens' codes are left as they are: what scales them is 0.
+template <class V>
+INFERNEO_INLINE QuadSums codes_of_quad(const float* x, int64_t stride, int count, QuadFloats inverse,
+                                       int8_t (&codes)[kQuad][kBlockColumns]) {
+  if constexpr (requires { &V::codes_of_quad; }) {
+    if (count == kQuad) return V::codes_of_quad(x, stride, inverse, codes);
+  }
+  QuadSums sums = {};
+  for (int t = 0; t < count; ++t) {
+    codes_of_block(x + t * stride, inverse[t], codes[t]);
+    sums.head[t] = V::sum_of_16(codes[t]);
+    sums.all[t] = sums.head[t] + V::sum_of_16(codes[t] + 16);
+  }
+  return sums;
 }
 
 // The codes of columns 4 * j to 4 * j + 3 (below 8 bits).
@@ -90,28 +109,41 @@ INFERNEO_INLINE void add_nibbles(const uint8_t* codes, int first, Activations x,
   }
 }
 
-// f(a quad, its first row of x, how many tokens it has) for this lane's share of the quads.
+// f(a quad, its first row of x, how many tokens it has) for this lane's share of the quads. f is inlined twice, so that
+// a whole quad's count is a constant.
 template <class F>
 INFERNEO_INLINE void for_quads(int64_t rows, Lane lane, F f) {
   const Share quads = share((rows + kQuad - 1) / kQuad, 1, lane);
-  for (int64_t quad = quads.begin; quad < quads.end; ++quad) {
-    f(quad, quad * kQuad, static_cast<int>(rows - quad * kQuad < kQuad ? rows - quad * kQuad : kQuad));
+  const int64_t end = rows / kQuad < quads.end ? rows / kQuad : quads.end;
+  for (int64_t quad = quads.begin; quad < end; ++quad) f(quad, quad * kQuad, kQuad);
+  if (end < quads.end) f(end, end * kQuad, static_cast<int>(rows - end * kQuad));
+}
+
+// The codes of each block of a quad go to codes(block); put(block, the largest magnitudes, the sums of the codes).
+template <class V, class Codes, class Put>
+INFERNEO_INLINE void quantize_quad(const float* x, int64_t columns, int count, Codes codes, Put put) {
+  const int64_t blocks = blocks_in(columns);
+  QuadScale next = scale_of_quad<V>(x, columns, count);
+  for (int64_t b = 0; b < blocks; ++b) {
+    const QuadScale scale = next;  // found a block ahead: the codes wait for its division
+    const float* const block = x + b * kBlockColumns;
+    next = scale_of_quad<V>(b + 1 < blocks ? block + kBlockColumns : block, columns, count);
+    put(b, scale.largest, codes_of_quad<V>(block, columns, count, scale.inverse, codes(b)));
   }
 }
 
 template <class V>
 void quantize(const float* x, int64_t rows, int64_t columns, QuantizedBlock* out, Lane lane) {
-  for_quads(rows, lane, [&](int64_t quad, int64_t row, int count) {
-    for (int64_t b = 0; b < blocks_in(columns); ++b) {
-      QuantizedBlock& place = out[quad * blocks_in(columns) + b];
-      const QuadCodes made = quantize_quad<V>(x + row * columns + b * kBlockColumns, columns, count, place.codes);
-      for (int t = 0; t < kQuad; ++t) {
-        place.scale[t] = made.largest[t] / 127.0f;
-        place.sum[t] = place.scale[t] * static_cast<float>(made.sum[t]);
-        place.negative_sum[t] = -made.sum[t];
-        place.negative_head[t] = -made.head[t];
-      }
-    }
+  for_quads(rows, lane, [=](int64_t quad, int64_t row, int count) INFERNEO_INLINE_LAMBDA {
+    QuantizedBlock* const blocks = out + quad * blocks_in(columns);
+    const auto codes = [=](int64_t b) -> auto& { return blocks[b].codes; };
+    quantize_quad<V>(x + row * columns, columns, count, codes, [=](int64_t b, QuadFloats largest, QuadSums sums) {
+      const QuadFloats scale = largest / 127.0f;
+      store_as(blocks[b].scale, scale);
+      store_as(blocks[b].sum, scale * __builtin_convertvector(sums.all, QuadFloats));
+      store_as(blocks[b].negative_sum, -sums.all);
+      store_as(blocks[b].negative_head, -sums.head);
+    });
   });
 }
 

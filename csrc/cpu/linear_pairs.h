@@ -64,43 +64,55 @@ INFERNEO_INLINE void paired_tile(const RowsTask& task, int64_t group, int first,
   for (int t = 0; t < T; ++t) sum[t] = V::mul(sum[t], V::mul(step, V::broadcast(task.units + token + t)));
 }
 
-// As in QuadCodes, of a whole row.
-INFERNEO_INLINE float largest_magnitude(const float* x, int64_t columns) {
-  uint32_t largest = 0;
-  for (int64_t i = 0; i < columns; ++i) {
-    const uint32_t bits = float_bits(x[i]) & 0x7fffffffu;
-    largest = bits > largest ? bits : largest;
-  }
-  return largest < kSmallestLargest ? 0.0f : bits_float(largest);
+// Four tokens' scales of a block in their units, and the sums of their codes as the kernels take them: 16 bits each.
+struct UnitScales {
+  QuadInts scale, sum;
+};
+
+INFERNEO_INLINE UnitScales in_units(QuadFloats largest, QuadInts sum, QuadFloats per_unit) {
+  const QuadInts rounded = reinterpret_cast<QuadInts>(largest * per_unit + kRoundCode);
+  const QuadInts scale = (rounded - static_cast<int32_t>(float_bits(kRoundCode))) & 0xffff;
+  return {scale, (sum * scale + (1 << 11)) >> 12 & 0xffff};
 }
 
-// Blocks of pairs are quantised as all others; their scales are then counted in a unit of the token.
+// Blocks of pairs are quantised as all others; their scales are then counted in a unit of the token, which its whole
+// row decides. Until then a pair holds what quantising gave: the sums in `start`, the largest of the first block in
+// `scale` and of the second in `sum`.
+template <class V>
+INFERNEO_INLINE void quantize_quad_pairs(const float* x, int64_t columns, int count, PairBlock* pairs, float* units,
+                                         int num_units) {
+  const int64_t num_pairs = pairs_in(columns), blocks = blocks_in(columns);
+  QuadInts most = {};  // by bits
+  const auto codes = [=](int64_t b) -> auto& { return pairs[b / 2].codes[b % 2]; };
+  const auto put = [=, &most](int64_t b, QuadFloats block_largest, QuadSums sums) {
+    PairBlock& pair = pairs[b / 2];
+    const QuadInts bits = reinterpret_cast<QuadInts>(block_largest);
+    most = bits > most ? bits : most;
+    store_as(b % 2 == 0 ? pair.scale : pair.sum, bits);
+    store_as(pair.start[b % 2], sums.all);
+  };
+  quantize_quad<V>(x, columns, count, codes, put);
+  if (blocks % 2 != 0) put(blocks, QuadFloats{}, QuadSums{});
+  const QuadFloats largest = reinterpret_cast<QuadFloats>(most);
+  const QuadFloats per_unit = largest == 0.0f ? QuadFloats{} : 32767.0f / largest;
+  // 2**15 of them: scale_words divides by so much.
+  const QuadFloats unit = largest * (32768.0f / (127.0f * 32767.0f));
+  std::memcpy(units, &unit, num_units * sizeof(float));
+  for (PairBlock* pair = pairs; pair < pairs + num_pairs; ++pair) {
+    const auto first_sum = load_as<QuadInts>(pair->start[0]), second_sum = load_as<QuadInts>(pair->start[1]);
+    const UnitScales first = in_units(load_as<QuadFloats>(pair->scale), first_sum, per_unit);
+    const UnitScales second = in_units(load_as<QuadFloats>(pair->sum), second_sum, per_unit);
+    store_as(pair->start[0], -8 * first_sum);
+    store_as(pair->start[1], -8 * second_sum + (1 << 15));
+    store_as(pair->scale, first.scale << 16 | second.scale);
+    store_as(pair->sum, first.sum << 16 | second.sum);
+  }
+}
+
 template <class V>
 void quantize_pairs(const float* x, int64_t rows, int64_t columns, PairBlock* out, float* units, Lane lane) {
-  for_quads(rows, lane, [&](int64_t quad, int64_t row, int count) {
-    float per_unit[kQuad] = {};
-    for (int t = 0; t < count; ++t) {
-      const float largest = largest_magnitude(x + (row + t) * columns, columns);
-      per_unit[t] = largest == 0.0f ? 0.0f : 32767.0f / largest;
-      units[row + t] = largest * (32768.0f / (127.0f * 32767.0f));  // 2**15 of them: scale_words divides by so much
-    }
-    for (int t = count; t < kQuad && rows > 1; ++t) units[row + t] = 0.0f;  // one row alone has one unit
-    for (int64_t b = 0; b < 2 * pairs_in(columns); ++b) {
-      const bool is_first = b % 2 == 0;
-      PairBlock& pair = out[quad * pairs_in(columns) + b / 2];
-      QuadCodes made = {};
-      if (b < blocks_in(columns)) {
-        made = quantize_quad<V>(x + row * columns + b * kBlockColumns, columns, count, pair.codes[b % 2]);
-      }
-      for (int t = 0; t < kQuad; ++t) {
-        const uint32_t scale =
-            (float_bits(made.largest[t] * per_unit[t] + kRoundCode) - float_bits(kRoundCode)) & 0xffffu;
-        const int32_t sum = (made.sum[t] * static_cast<int32_t>(scale) + (1 << 11)) >> 12;
-        const uint32_t low_sum = static_cast<uint32_t>(sum) & 0xffffu;
-        pair.start[b % 2][t] = -8 * made.sum[t] + (is_first ? 0 : 1 << 15);
-        pair.scale[t] = static_cast<int32_t>(is_first ? scale << 16 : static_cast<uint32_t>(pair.scale[t]) | scale);
-        pair.sum[t] = static_cast<int32_t>(is_first ? low_sum << 16 : static_cast<uint32_t>(pair.sum[t]) | low_sum);
-      }
-    }
+  for_quads(rows, lane, [=](int64_t quad, int64_t row, int count) INFERNEO_INLINE_LAMBDA {
+    const int num_units = count == 1 && rows == 1 ? 1 : kQuad;  // one row alone has one unit
+    quantize_quad_pairs<V>(x + row * columns, columns, count, out + quad * pairs_in(columns), units + row, num_units);
   });
 }

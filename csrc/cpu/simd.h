@@ -103,8 +103,8 @@ INFERNEO_INLINE Vec larger(Vec a, Vec b) { return _mm512_maskz_max_ps(0xffff, a,
 INFERNEO_INLINE Vec larger(Vec a, Vec b) { return a > b ? a : b; }
 #endif
 
-// exp(d) for d <= 0, as accurate as exp_float with half its instructions: multiply-adds are fused, and the power of two
-// is added to the exponent's bits. What is below kLowestExponent counts as that.
+// exp(d) for d <= 87, as accurate as exp_float with half its instructions: multiply-adds are fused, and the power of
+// two is added to the exponent's bits. What is below kLowestExponent counts as that.
 INFERNEO_INLINE Vec exp_fused(Vec d) {
   d = larger(d, splat(kLowestExponent));
   const Vec shifted = fma(d, splat(kLog2E), splat(kRoundToInt));  // its last bits are the power
