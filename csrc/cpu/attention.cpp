@@ -88,7 +88,7 @@ class Item {
     const int64_t head_dim = task.cache.head_dim;
     queries_ = scratch + attention_scratch(head_dim);
     copies_ = reinterpret_cast<std::byte*>(scratch + attend_floats(head_dim));
-    const float factor = 1.0f / std::sqrt(static_cast<float>(head_dim));
+    const float factor = kLog2E / std::sqrt(static_cast<float>(head_dim));  // softmax takes powers of 2
     const auto scale_query = task.kernels.scale_query[static_cast<int>(task.cache.type)];
     for (int64_t r = 0; r < work.count; ++r) {
       scale_query(task.q + row_offset(r), factor, head_dim, queries_ + r * head_dim);

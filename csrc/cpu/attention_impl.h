@@ -32,6 +32,11 @@ INFERNEO_INLINE void with_constant(int64_t count, F f) {
 template <class T>
 constexpr int64_t kPerProduct = kInPairs<T> ? 2 : 1;
 
+template <class T>
+INFERNEO_INLINE int64_t num_products(int64_t count) {
+  return (count + kPerProduct<T> - 1) / kPerProduct<T>;
+}
+
 // The k-th of the `count` products of a chain.
 template <class T>
 INFERNEO_INLINE int64_t in_turn(int64_t k, int64_t count) {
@@ -142,21 +147,23 @@ void score_keys(const float* queries, const Granules<T>& keys, int64_t num_keys,
   for (; first < num_keys; first += kLanes) score_block<T, num_rows, 1>(queries, keys, first, scores);
 }
 
-// out[d, j] = key j's dimension d, or pair d; count in whole granules.
+// out[j / kKeyTile, d, j % kKeyTile] = key j's dimension d, or pair d; count in whole granules.
 template <class T>
 void widen_keys(const Granules<T>& keys, int64_t count, float* out) {
+  const int64_t depth = num_products<T>(keys.head_dim);
   for (int64_t first = 0; first < count; first += kLanes) {
+    float* const columns = out + first / kKeyTile * kKeyTile * depth + first % kKeyTile;
     int64_t d = 0;
     for (; d + keys.kElements <= keys.head_dim; d += keys.kElements) {
       Words words[4];
       keys.words(first, d, words);
 #pragma GCC unroll 16
       for (int64_t i = 0; i < keys.kElements / kPerProduct<T>; ++i) {
-        store(out + (d / kPerProduct<T> + i) * kKeyTile + first, element<T>(words, i));
+        store(columns + (d / kPerProduct<T> + i) * kKeyTile, element<T>(words, i));
       }
     }
     for (; d < keys.head_dim; d += kPerProduct<T>) {
-      store(out + d / kPerProduct<T> * kKeyTile + first, keys.column(first, d));
+      store(columns + d / kPerProduct<T> * kKeyTile, keys.column(first, d));
     }
   }
 }
@@ -198,18 +205,11 @@ void widen_values(const Granules<BFloat16>& values, int64_t count, float* out) {
 }
 #endif
 
-// c[r, n] (+)= the sum over k of a[r, k] * b[k, n], n over num_columns vectors.
+// c[r, n] = the sum over k of a[r, k] * b[k, n], n over num_columns vectors.
 template <class T, int64_t num_rows, int64_t num_columns>
 INFERNEO_INLINE void multiply_block(const float* a, int64_t a_stride, const float* b, int64_t b_stride, int64_t depth,
-                                    bool accumulate, float* c, int64_t c_stride) {
-  Vec sums[num_rows][num_columns];
-#pragma GCC unroll 6
-  for (int64_t r = 0; r < num_rows; ++r) {
-#pragma GCC unroll 4
-    for (int64_t n = 0; n < num_columns; ++n) {
-      sums[r][n] = accumulate ? load(c + r * c_stride + n * kLanes) : Vec{};
-    }
-  }
+                                    float* c, int64_t c_stride) {
+  Vec sums[num_rows][num_columns] = {};
   for (int64_t i = 0; i < depth; ++i) {
     const int64_t k = in_turn<T>(i, depth);
     Vec columns[num_columns];
@@ -220,30 +220,16 @@ INFERNEO_INLINE void multiply_block(const float* a, int64_t a_stride, const floa
   for (int64_t r = 0; r < num_rows; ++r) store_columns<float>(c + r * c_stride, sums[r]);
 }
 
+// c [num_rows, width] = a [num_rows, depth] @ b [depth, width], floats or pairs; width in whole vectors.
 template <class T, int64_t num_rows>
-void multiply_rows(const float* a, int64_t a_stride, const float* b, int64_t b_stride, int64_t depth, int64_t width,
-                   bool accumulate, float* c, int64_t c_stride) {
+INFERNEO_INLINE void multiply(const float* a, int64_t a_stride, const float* b, int64_t b_stride, int64_t depth,
+                              int64_t width, float* c, int64_t c_stride) {
   int64_t n = 0;
   for (; n + kColumns * kLanes <= width; n += kColumns * kLanes) {
-    multiply_block<T, num_rows, kColumns>(a, a_stride, b + n, b_stride, depth, accumulate, c + n, c_stride);
+    multiply_block<T, num_rows, kColumns>(a, a_stride, b + n, b_stride, depth, c + n, c_stride);
   }
   for (; n < width; n += kLanes) {
-    multiply_block<T, num_rows, 1>(a, a_stride, b + n, b_stride, depth, accumulate, c + n, c_stride);
-  }
-}
-
-// c [num_rows, width] (+)= a [num_rows, depth] @ b [depth, width], floats or pairs; width in whole vectors.
-template <class T>
-void multiply(const float* a, int64_t a_stride, const float* b, int64_t b_stride, int64_t num_rows, int64_t depth,
-              int64_t width, bool accumulate, float* c, int64_t c_stride) {
-  while (num_rows > 0) {
-    const int64_t rows = num_rows < kRows ? num_rows : kRows;
-    with_constant<kRows>(rows, [&](auto count) {
-      multiply_rows<T, count>(a, a_stride, b, b_stride, depth, width, accumulate, c, c_stride);
-    });
-    a += rows * a_stride;
-    c += rows * c_stride;
-    num_rows -= rows;
+    multiply_block<T, num_rows, 1>(a, a_stride, b + n, b_stride, depth, c + n, c_stride);
   }
 }
 
@@ -283,85 +269,105 @@ void sum_values(const float* weights, const Granules<T>& values, int64_t num_key
   for (; d < values.head_dim; d += kLanes) sum_block<T, num_rows, 1>(weights, values, num_keys, d, out, stride);
 }
 
-// scores becomes exp(score - largest) for the keys a row sees, and 0 for the others up to num_columns, as floats or as
-// pairs.
-template <class T>
-void softmax_row(float* scores, int64_t num_keys, int64_t num_columns, float& largest, float& sum) {
-  const int64_t end = num_granules(num_keys) * kGranule;
-  std::fill(scores + num_keys, scores + end, -INFINITY);
-  Vec most = load(scores);
-  for (int64_t i = kLanes; i < end; i += kLanes) most = larger(load(scores + i), most);
-  largest = max_lanes(most);
-  Vec sums[kSumVecs] = {};
-  for (int64_t i = 0; i < end; i += kSumLanes) {
-    for (int64_t j = 0; j < kSumVecs; ++j) {
-      const int64_t place = i + j * kLanes;
-      const Vec x = load(scores + place);
-      const Vec weights = x == -INFINITY ? Vec{} : exp_fused(x - largest);  // exp_fused gives no zeros
-      sums[j] += store_weights<T>(weights, place, scores);
+// scores [num_rows, kKeyChunk] become 2**(score - largest) for the keys a row sees, and 0 for the others up to
+// num_columns, as floats or as pairs. Row by row in each pass, so that the rows' chains overlap.
+template <class T, int64_t num_rows>
+void softmax_rows(float* scores, const int64_t* row_keys, int64_t num_columns, float* largest, float* sum) {
+  constexpr int64_t kStep = kWeightVecs * kLanes;
+  const int64_t end = (num_columns + kStep - 1) / kStep * kStep;
+  for (int64_t r = 0; r < num_rows; ++r) {
+    float* const row = scores + r * kKeyChunk;
+    for (int64_t i = row_keys[r]; i < end; ++i) row[i] = -INFINITY;
+    Vec most = load(row);
+    for (int64_t i = kLanes; i < end; i += kLanes) most = larger(load(row + i), most);
+    largest[r] = max_lanes(most);
+  }
+  Vec sums[num_rows][kSumVecs] = {};
+  for (int64_t r = 0; r < num_rows; ++r) {
+    float* const row = scores + r * kKeyChunk;
+    for (int64_t i = 0; i < end; i += kStep) {
+      Vec weights[kWeightVecs];
+#pragma GCC unroll 8
+      for (int64_t j = 0; j < kWeightVecs; ++j) {
+        weights[j] = exp2_fused<std::is_same_v<T, BFloat16>>(load(row + i + j * kLanes) - largest[r]);
+      }
+      store_weights<T>(weights, i, row, sums[r]);
     }
   }
-  sum = sum_lanes(sums);
-  constexpr int64_t kBytes = 4 / kPerProduct<T>;  // of a weight
-  std::memset(reinterpret_cast<char*>(scores) + end * kBytes, 0, (num_columns - end) * kBytes);
+  for (int64_t r = 0; r < num_rows; ++r) sum[r] = sum_lanes(sums[r]);
 }
 
-// Brings the scales of int8 rows into what came of their codes, or is to be multiplied with them: scores and weights
-// [num_rows, kKeyChunk]. Columns past the last key become 0, whatever lies there in the cache.
+// The scales of int8 rows; past the last key, up to its granule's end, 0, whatever lies there in the cache.
 template <class T>
-void apply_scales(const Granules<T>& granules, int64_t num_keys, int64_t num_rows, float* scores) {
-  if constexpr (Granules<T>::kIsScaled) {
-    float scales[kKeyChunk];
-    const int64_t end = num_granules(num_keys) * kGranule;
-    for (int64_t first = 0; first < end; first += kGranule) {
-      const char* const scale = granules.row(first) + granules.head_dim;
+void load_scales(const Granules<T>& granules, int64_t num_keys, float* scales) {
+  const int64_t end = num_granules(num_keys) * kGranule;
+  for (int64_t first = 0; first < end; first += kGranule) {
+    const char* const scale = granules.row(first) + granules.head_dim;
 #pragma GCC unroll 16
-      for (int64_t j = 0; j < kGranule; ++j) scales[first + j] = load_as<float>(scale + j * granules.row_bytes());
-    }
-    std::fill(scales + num_keys, scales + end, 0.0f);
-    for (int64_t r = 0; r < num_rows; ++r) {
-      float* const row = scores + r * kKeyChunk;
-      for (int64_t j = 0; j < end; j += kLanes) store(row + j, load(row + j) * load(scales + j));
-    }
+    for (int64_t j = 0; j < kGranule; ++j) scales[first + j] = load_as<float>(scale + j * granules.row_bytes());
   }
+  std::fill(scales + num_keys, scales + end, 0.0f);
+}
+
+// Brings them into what came of the rows' codes, or is to be multiplied with them: scores and weights.
+INFERNEO_INLINE void apply_scales(const float* scales, int64_t num_columns, int64_t num_rows, float* scores) {
+  for (int64_t r = 0; r < num_rows; ++r) {
+    float* const row = scores + r * kKeyChunk;
+    for (int64_t j = 0; j < num_columns; j += kLanes) store(row + j, load(row + j) * load(scales + j));
+  }
+}
+
+// A chunk's keys and values as few rows take them, where they lie, and as many do: copied to where `wide` points.
+template <class T>
+struct Operands {
+  Granules<T> keys, values;
+  float* wide_keys;
+  float* wide_values;  // or null, both
+  float key_scales[Granules<T>::kIsScaled ? kKeyChunk : 1], value_scales[Granules<T>::kIsScaled ? kKeyChunk : 1];
+};
+
+// Rows `first` to first + num_rows of a tile.
+template <class T, int64_t num_rows>
+void attend_rows(const AttentionTile& tile, const AttentionState& state, const Operands<T>& with, int64_t first,
+                 float* scores) {
+  const int64_t head_dim = tile.head_dim, num_keys = tile.row_keys[first + num_rows - 1];
+  const int64_t num_columns = num_granules(num_keys) * kGranule, depth = num_products<T>(head_dim);
+  if (num_keys == 0) return;
+  const float* const queries = tile.queries + first * head_dim;
+  float* const values = state.values + first * state.stride;
+  if (with.wide_keys == nullptr) score_keys<T, num_rows>(queries, with.keys, num_columns, scores);
+  for (int64_t j = 0; with.wide_keys != nullptr && j < num_columns; j += kKeyTile) {
+    multiply<T, num_rows>(queries, head_dim, with.wide_keys + j * depth, kKeyTile, depth,
+                          std::min(kKeyTile, num_columns - j), scores + j, kKeyChunk);
+  }
+  if constexpr (Granules<T>::kIsScaled) apply_scales(with.key_scales, num_columns, num_rows, scores);
+  softmax_rows<T, num_rows>(scores, tile.row_keys + first, num_columns, state.largest + first, state.sum + first);
+  if constexpr (Granules<T>::kIsScaled) apply_scales(with.value_scales, num_columns, num_rows, scores);
+  if (with.wide_values == nullptr) return sum_values<T, num_rows>(scores, with.values, num_keys, values, state.stride);
+  multiply<T, num_rows>(scores, kKeyChunk, with.wide_values, padded(head_dim), num_products<T>(num_keys),
+                        padded(head_dim), values, state.stride);
 }
 
 template <class T>
 void attend(const AttentionTile& tile, const AttentionState& state, float* scratch) {
-  const int64_t head_dim = tile.head_dim, granules = num_granules(tile.num_keys), num_columns = granules * kGranule;
-  const Granules<T> keys{tile.granules, head_dim}, values{tile.granules + granules, head_dim};
-  float* const scores = scratch;                       // [num_rows, kKeyChunk]
-  float* const wide = scratch + kRowTile * kKeyChunk;  // [head_dim, kKeyTile], then [kKeyTile, padded]
-  const auto products = [](int64_t count) { return (count + kPerProduct<T> - 1) / kPerProduct<T>; };
+  const int64_t head_dim = tile.head_dim, num_keys = tile.num_keys, granules = num_granules(num_keys);
+  float* const wide_keys = scratch + kRowBlock * kKeyChunk;  // behind scores [kRows, kKeyChunk]
   const bool is_few = tile.num_rows <= kRows;
-  if (is_few) {
-    with_constant<kRows>(tile.num_rows,
-                         [&](auto rows) { score_keys<T, rows>(tile.queries, keys, num_columns, scores); });
+  Operands<T> with{{tile.granules, head_dim}, {tile.granules + granules, head_dim}, nullptr, nullptr, {}, {}};
+  if (!is_few) {
+    with.wide_keys = wide_keys;
+    widen_keys(with.keys, granules * kGranule, with.wide_keys);
   }
-  for (int64_t first = 0; !is_few && first < num_columns; first += kKeyTile) {
-    const int64_t count = std::min(kKeyTile, num_columns - first);
-    widen_keys<T>({keys.places + first / kGranule, head_dim}, count, wide);
-    multiply<T>(tile.queries, head_dim, wide, kKeyTile, tile.num_rows, products(head_dim), count, false, scores + first,
-                kKeyChunk);
+  if (!is_few || head_dim % kLanes != 0) {
+    with.wide_values = wide_keys + kKeyChunk * padded(head_dim);
+    widen_values(with.values, num_keys, with.wide_values);
   }
-  apply_scales(keys, tile.num_keys, tile.num_rows, scores);
-  for (int64_t r = 0; r < tile.num_rows; ++r) {
-    if (tile.row_keys[r] > 0) {
-      softmax_row<T>(scores + r * kKeyChunk, tile.row_keys[r], num_columns, state.largest[r], state.sum[r]);
-    } else {
-      std::fill_n(scores + r * kKeyChunk, num_columns, 0.0f);
-    }
+  if constexpr (Granules<T>::kIsScaled) {
+    load_scales(with.keys, num_keys, with.key_scales);
+    load_scales(with.values, num_keys, with.value_scales);
   }
-  apply_scales(values, tile.num_keys, tile.num_rows, scores);
-  if (is_few && head_dim % kLanes == 0) {
-    return with_constant<kRows>(tile.num_rows, [&](auto rows) {
-      sum_values<T, rows>(scores, values, tile.num_keys, state.values, state.stride);
-    });
-  }
-  for (int64_t first = 0; first < tile.num_keys; first += kKeyTile) {
-    const int64_t count = std::min(kKeyTile, tile.num_keys - first);
-    widen_values<T>({values.places + first / kGranule, head_dim}, count, wide);
-    multiply<T>(scores + first / kPerProduct<T>, kKeyChunk, wide, padded(head_dim), tile.num_rows, products(count),
-                padded(head_dim), first > 0, state.values, state.stride);
+  for (int64_t first = 0; first < tile.num_rows; first += kRows) {
+    with_constant<kRows>(std::min(kRows, tile.num_rows - first),
+                         [&](auto rows) { attend_rows<T, rows>(tile, state, with, first, scratch); });
   }
 }

@@ -23,8 +23,9 @@ inline int64_t cache_row_bytes(CacheType type, int64_t head_dim) {
 }
 
 constexpr int64_t kKeyChunk = 256;  // keys under one softmax; partial results of chunks are merged in ascending order
-constexpr int64_t kKeyTile = 64;    // keys that are brought into fp32 at once, if there are many rows
-constexpr int64_t kRowTile = 48;    // query rows (tokens * heads of one KV head) that share them
+constexpr int64_t kRowTile = 96;    // query rows (tokens * heads of one KV head) that share a copy of keys and values
+constexpr int64_t kRowBlock = 6;    // of them at most under way at once
+constexpr int64_t kKeyTile = 64;    // keys side by side in that copy
 constexpr int64_t kGranule = 16;    // keys, or values, that lie one after the other in memory
 constexpr int64_t kAhead = 4;       // how far ahead, in granules, memory is asked for: 4 to 16 are as fast
 
@@ -39,11 +40,11 @@ struct AttentionTile {
   int64_t num_rows;  // in [1, kRowTile]
   int64_t head_dim;
   const float* queries;     // [num_rows, head_dim], as scale_query gives them
-  const int64_t* row_keys;  // [num_rows]: how many keys of the chunk a row sees, at most num_keys; 0: none
+  const int64_t* row_keys;  // [num_rows]: how many keys of the chunk a row sees, never fewer than the row before
 };
 
-// A softmax in progress: sums of exp(score - largest) and of exp(score - largest) * value. Rows that saw no key are not
-// written.
+// A softmax in progress: sums of 2**(score - largest) and of 2**(score - largest) * value. What it holds of rows that
+// saw no key means nothing.
 struct AttentionState {
   float* largest;  // [num_rows]
   float* sum;      // [num_rows]
@@ -73,7 +74,7 @@ struct RowKernels {
 
 inline int64_t attention_scratch(int64_t head_dim) {
   const int64_t padded = (head_dim + 15) / 16 * 16;
-  return kRowTile * kKeyChunk + kKeyTile * padded;
+  return (kRowBlock + 2 * padded) * kKeyChunk;
 }
 
 const RowKernels& row_kernels(Isa isa);

@@ -5,8 +5,8 @@
 void merge(float& largest, float& sum, float* values, float part_largest, float part_sum, const float* part_values,
            int64_t head_dim) {
   const float most = part_largest > largest ? part_largest : largest;
-  const float old_weight = exp_float(largest - most);
-  const float part_weight = exp_float(part_largest - most);
+  const float old_weight = exp2_fused<false>(splat(largest - most))[0];
+  const float part_weight = exp2_fused<false>(splat(part_largest - most))[0];
   largest = most;
   sum = sum * old_weight + part_sum * part_weight;
   for (int64_t d = 0; d < head_dim; ++d) values[d] = values[d] * old_weight + part_values[d] * part_weight;
@@ -68,7 +68,7 @@ void rotate(float* head, const float* cos_sin, int64_t head_dim) {
 
 INFERNEO_INLINE void silu_mul_lanes(float* gate, const float* up) {
   const Vec x = load(gate);
-  const Vec e = exp_fused(-larger(x, -x));  // it takes what is not positive
+  const Vec e = exp2_fused<false>(larger(x, -x) * -kLog2E);  // it takes what is not positive
   store(gate, x * (x > 0.0f ? splat(1.0f) : e) / (1.0f + e) * load(up));
 }
 
