@@ -31,6 +31,13 @@ INFERNEO_INLINE Vec every_second(Vec a, Vec b, std::integer_sequence<int, kIndex
   return __builtin_shufflevector(a, b, (kFirst + 2 * kIndex)...);
 }
 
+#if INFERNEO_BF16_DOT
+// Two vectors of floats, rounded to bf16, one behind the other.
+INFERNEO_INLINE Vec to_pairs(Vec first, Vec second) {
+  return reinterpret_cast<Vec>(_mm512_cvtne2ps_pbh(second, first));
+}
+#endif
+
 constexpr int64_t kWeightVecs = 2 * kSumVecs;
 
 // Weights to their place among a row's, and to the row's sum in kSumLanes lanes: as they are, or for a cache in bf16
@@ -39,10 +46,9 @@ template <class T>
 INFERNEO_INLINE void store_weights(Vec (&weights)[kWeightVecs], int64_t place, float* row, Vec (&sums)[kSumVecs]) {
 #if INFERNEO_BF16_DOT
   if constexpr (kInPairs<T>) {
-    const __m512bh pairs = _mm512_cvtne2ps_pbh(weights[1], weights[0]);
-    const __m512bh ones = reinterpret_cast<__m512bh>(_mm512_set1_epi16(0x3f80));
-    std::memcpy(row + place / 2, &pairs, sizeof pairs);
-    sums[0] = _mm512_dpbf16_ps(sums[0], pairs, ones);
+    const Vec pairs = to_pairs(weights[0], weights[1]);
+    store(row + place / 2, pairs);
+    sums[0] = add_product<T>(pairs, reinterpret_cast<Vec>(Words{} + 0x3f803f80u), sums[0]);
     return;
   }
 #endif

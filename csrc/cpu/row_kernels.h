@@ -39,8 +39,16 @@ struct AttentionTile {
   int64_t num_keys;  // in [1, kKeyChunk]
   int64_t num_rows;  // in [1, kRowTile]
   int64_t head_dim;
-  const float* queries;     // [num_rows, head_dim], as scale_query gives them
   const int64_t* row_keys;  // [num_rows]: how many keys of the chunk a row sees, never fewer than the row before
+  float* queries;           // [num_rows, head_dim] words, made from q in the first chunk
+  // Row r's query and output begin at rows[r] of q and out. q is null after the first chunk, out before the last one.
+  const int64_t* rows = nullptr;
+  const float* q = nullptr;
+  float* out = nullptr;
+  // Queries that will be read next, to be fetched meanwhile.
+  const float* next_q = nullptr;
+  const int64_t* next_rows = nullptr;
+  int64_t num_next_rows = 0;
 };
 
 // A softmax in progress: sums of 2**(score - largest) and of 2**(score - largest) * value. What it holds of rows that
@@ -53,10 +61,9 @@ struct AttentionState {
 };
 
 struct RowKernels {
-  // state = this chunk's part alone. scratch: attention_scratch(head_dim) floats, 64-byte aligned.
+  // The state takes in this chunk's part, or is it where the chunk is the first; the last chunk's goes to the output.
+  // scratch: attention_scratch(head_dim) floats, 64-byte aligned.
   void (*attend[kCacheTypes])(const AttentionTile& tile, const AttentionState& state, float* scratch);
-  // out = a query times factor, as `attend` takes it: head_dim words, whose meaning is the cache type's.
-  void (*scale_query[kCacheTypes])(const float* x, float factor, int64_t head_dim, float* out);
   // One row of a state takes in the part of a later chunk.
   void (*merge)(float& largest, float& sum, float* values, float part_largest, float part_sum, const float* part_values,
                 int64_t head_dim);
@@ -74,7 +81,7 @@ struct RowKernels {
 
 inline int64_t attention_scratch(int64_t head_dim) {
   const int64_t padded = (head_dim + 15) / 16 * 16;
-  return (kRowBlock + 2 * padded) * kKeyChunk;
+  return (kRowBlock + 2 * padded) * kKeyChunk + kRowBlock * padded;
 }
 
 const RowKernels& row_kernels(Isa isa);
