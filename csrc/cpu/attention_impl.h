@@ -270,22 +270,28 @@ void sum_values(const float* weights, const Granules<T>& values, int64_t num_key
 }
 
 // scores [num_rows, kKeyChunk] become 2**(score - largest) for the keys a row sees, and 0 for the others up to
-// num_columns, as floats or as pairs. Row by row in each pass, so that the rows' chains overlap.
+// num_columns, as floats or as pairs. All rows side by side, so that their chains overlap.
 template <class T, int64_t num_rows>
 void softmax_rows(float* scores, const int64_t* row_keys, int64_t num_columns, float* largest, float* sum) {
   constexpr int64_t kStep = kWeightVecs * kLanes;
   const int64_t end = (num_columns + kStep - 1) / kStep * kStep;
+  Vec most[num_rows];
+#pragma GCC unroll 6
   for (int64_t r = 0; r < num_rows; ++r) {
-    float* const row = scores + r * kKeyChunk;
-    for (int64_t i = row_keys[r]; i < end; ++i) row[i] = -INFINITY;
-    Vec most = load(row);
-    for (int64_t i = kLanes; i < end; i += kLanes) most = larger(load(row + i), most);
-    largest[r] = max_lanes(most);
+    for (int64_t i = row_keys[r]; i < end; ++i) scores[r * kKeyChunk + i] = -INFINITY;
+    most[r] = load(scores + r * kKeyChunk);
   }
+  for (int64_t i = kLanes; i < end; i += kLanes) {
+#pragma GCC unroll 6
+    for (int64_t r = 0; r < num_rows; ++r) most[r] = larger(load(scores + r * kKeyChunk + i), most[r]);
+  }
+#pragma GCC unroll 6
+  for (int64_t r = 0; r < num_rows; ++r) largest[r] = max_lanes(most[r]);
   Vec sums[num_rows][kSumVecs] = {};
-  for (int64_t r = 0; r < num_rows; ++r) {
-    float* const row = scores + r * kKeyChunk;
-    for (int64_t i = 0; i < end; i += kStep) {
+  for (int64_t i = 0; i < end; i += kStep) {
+#pragma GCC unroll 6
+    for (int64_t r = 0; r < num_rows; ++r) {
+      float* const row = scores + r * kKeyChunk;
       Vec weights[kWeightVecs];
 #pragma GCC unroll 8
       for (int64_t j = 0; j < kWeightVecs; ++j) {
@@ -294,6 +300,7 @@ void softmax_rows(float* scores, const int64_t* row_keys, int64_t num_columns, f
       store_weights<T>(weights, i, row, sums[r]);
     }
   }
+#pragma GCC unroll 6
   for (int64_t r = 0; r < num_rows; ++r) sum[r] = sum_lanes(sums[r]);
 }
 
