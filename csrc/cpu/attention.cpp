@@ -110,8 +110,6 @@ class Item {
       visible_[r] = visible;
       rows_[r] = offset;
     });
-    if (next == nullptr) return;
-    for_rows(task, *next, [&](int64_t r, int64_t, int64_t offset) { next_rows_[r] = offset; });
   }
 
   // One chunk, to the work's part.
@@ -142,15 +140,15 @@ class Item {
     find_next(first + kKeyChunk, granules + 2 * num);
     int64_t row_keys[kRowTile];
     for (int64_t r = 0; r < work_.count; ++r) row_keys[r] = std::clamp<int64_t>(visible_[r] - first, 0, num_keys);
-    AttentionTile tile{granules, num_keys, work_.count, task_.cache.head_dim, row_keys, queries_};
-    tile.rows = rows_;
-    if (is_first) tile.q = task_.q;
-    if (is_last) {
-      tile.out = task_.out;
-      tile.next_q = task_.q;
-      tile.next_rows = next_rows_;
-      tile.num_next_rows = next_ == nullptr ? 0 : next_->count;
-    }
+    const AttentionTile tile{granules,
+                             num_keys,
+                             work_.count,
+                             task_.cache.head_dim,
+                             row_keys,
+                             queries_,
+                             rows_,
+                             is_first ? task_.q : nullptr,
+                             is_last ? task_.out : nullptr};
     task_.kernels.attend[static_cast<int>(task_.cache.type)](tile, state, scratch_);
   }
 
@@ -176,7 +174,7 @@ class Item {
   float* queries_;
   std::byte* copies_;
   int64_t num_visible_;
-  int64_t visible_[kRowTile], rows_[kRowTile], next_rows_[kRowTile];
+  int64_t visible_[kRowTile], rows_[kRowTile];
 };
 
 // A lane's walk through the items of a task: each item falls to one lane.

@@ -42,13 +42,9 @@ struct AttentionTile {
   const int64_t* row_keys;  // [num_rows]: how many keys of the chunk a row sees, never fewer than the row before
   float* queries;           // [num_rows, head_dim] words, made from q in the first chunk
   // Row r's query and output begin at rows[r] of q and out. q is null after the first chunk, out before the last one.
-  const int64_t* rows = nullptr;
-  const float* q = nullptr;
-  float* out = nullptr;
-  // Queries that will be read next, to be fetched meanwhile.
-  const float* next_q = nullptr;
-  const int64_t* next_rows = nullptr;
-  int64_t num_next_rows = 0;
+  const int64_t* rows;
+  const float* q;
+  float* out;
 };
 
 // A softmax in progress: sums of 2**(score - largest) and of 2**(score - largest) * value. What it holds of rows that

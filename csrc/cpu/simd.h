@@ -99,7 +99,7 @@ INFERNEO_INLINE Vec larger(Vec a, Vec b) { return a > b ? a : b; }
 // 2e-8, or to 1e-4 where the result will be rounded to bf16, which is twenty times as coarse.
 template <bool kForBFloat16>
 INFERNEO_INLINE Vec exp2_fused(Vec d) {
-  d = larger(d, splat(-127.0f));                  // whose bits are those of 0
+  d = larger(d, splat(-127.0f));               // whose bits are those of 0
   const Vec shifted = d + splat(kRoundToInt);  // its last bits are the integer part
   const Vec r = d - (shifted - kRoundToInt);
   Vec q;
