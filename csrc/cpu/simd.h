@@ -96,7 +96,7 @@ INFERNEO_INLINE Vec larger(Vec a, Vec b) { return a > b ? a : b; }
 #endif
 
 // 2**d for d <= 0; what is below -126 gives 0. The power's integer part is added to the exponent's bits. Accurate to
-// 2e-8, or to 1e-4 where the result will be rounded to bf16, which is twenty times as coarse.
+// 2e-8, or to 3e-6 where the result will be rounded to bf16, by up to 4e-3.
 template <bool kForBFloat16>
 INFERNEO_INLINE Vec exp2_fused(Vec d) {
   d = larger(d, splat(-127.0f));               // whose bits are those of 0
@@ -104,8 +104,9 @@ INFERNEO_INLINE Vec exp2_fused(Vec d) {
   const Vec r = d - (shifted - kRoundToInt);
   Vec q;
   if constexpr (kForBFloat16) {
-    q = fma(r, splat(0.05500893294811249f), splat(0.2422109693288803f));
-    q = fma(q, r, splat(0.6932829022407532f));
+    q = fma(r, splat(0.009582852944731712f), splat(0.055906426161527634f));
+    q = fma(q, r, splat(0.24024099111557007f));
+    q = fma(q, r, splat(0.6931241750717163f));
   } else {
     q = fma(r, splat(0.00015353361959569156f), splat(0.0013398875016719103f));
     q = fma(q, r, splat(0.00961843691766262f));
