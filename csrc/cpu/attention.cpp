@@ -46,9 +46,22 @@ struct Work {
   float* part;                         // where the part of one chunk goes
 
   int64_t first_chunk() const { return chunk < 0 ? 0 : chunk; }
-  // How many keys of the sequence a row sees, of `group` rows to a token.
-  int64_t num_keys(int64_t row, int64_t group) const { return plan.seq_len - plan.query_len + row / group + 1; }
+  // How many keys of the sequence the last of the rows sees, of `group` rows to a token.
+  int64_t num_visible(int64_t group) const { return plan.seq_len - plan.query_len + (begin + count - 1) / group + 1; }
 };
+
+// f(r, the keys it sees, where its query and output begin) for each row of a work, r from 0 on.
+template <class F>
+void for_rows(const AttentionTask& task, const Work& work, F f) {
+  const int64_t group = task.num_heads / task.cache.num_kv_heads, first_head = work.kv_head * group;
+  const int64_t first_token = task.sequences.query_start_loc[work.seq];
+  const int64_t num_before = work.plan.seq_len - work.plan.query_len;
+  int64_t token = work.begin / group, head = work.begin % group;
+  for (int64_t r = 0; r < work.count; ++r) {
+    f(r, num_before + token + 1, ((first_token + token) * task.num_heads + first_head + head) * task.cache.head_dim);
+    if (++head == group) head = 0, ++token;
+  }
+}
 
 // The granules of `count` keys or values of a work's sequence, from position `first` on, a multiple of kGranule; `side`
 // is the cache's k or v. Blocks that are no whole granules are put together in `copies`, if that is not null.
@@ -72,12 +85,16 @@ void find(const AttentionTask& task, const Work& work, const std::byte* side, in
 
 // Floats of scratch memory for everything but copies.
 int64_t attend_floats(int64_t head_dim) {
-  return attention_scratch(head_dim) + kRowTile * (head_dim + 2 * padded_dim(head_dim));
+  return attention_scratch(head_dim) + kRowTile * (head_dim + padded_dim(head_dim));
 }
 
 // Bytes of a chunk's keys and values, if they have to be copied.
 int64_t copy_bytes(const CacheView& cache) {
   return cache.block_size % kGranule == 0 ? 0 : 2 * kKeyChunk * cache.row_bytes();
+}
+
+AttentionState part_state(float* part, int64_t num_rows, int64_t head_dim) {
+  return {part, part + num_rows, part + 2 * num_rows, padded_dim(head_dim)};
 }
 
 class Item {
@@ -88,70 +105,61 @@ class Item {
     const int64_t head_dim = task.cache.head_dim;
     queries_ = scratch + attention_scratch(head_dim);
     copies_ = reinterpret_cast<std::byte*>(scratch + attend_floats(head_dim));
-    const float factor = 1.0f / std::sqrt(static_cast<float>(head_dim));
-    const auto scale_query = task.kernels.scale_query[static_cast<int>(task.cache.type)];
-    for (int64_t r = 0; r < work.count; ++r) {
-      scale_query(task.q + row_offset(r), factor, head_dim, queries_ + r * head_dim);
+    num_visible_ = work.num_visible(group_);
+    for_rows(task, work, [&](int64_t r, int64_t visible, int64_t offset) {
+      visible_[r] = visible;
+      rows_[r] = offset;
+    });
+  }
+
+  // One chunk, to the work's part.
+  void run_part() const {
+    const int64_t head_dim = task_.cache.head_dim;
+    run_chunk(work_.chunk, true, false, part_state(work_.part, work_.count, head_dim));
+  }
+
+  // All chunks, one after the other, to the output.
+  void run() const {
+    float largest[kRowTile], sum[kRowTile];
+    const int64_t head_dim = task_.cache.head_dim;
+    const AttentionState state{largest, sum, queries_ + kRowTile * head_dim, padded_dim(head_dim)};
+    const int64_t num_chunks = ceil_div(num_visible_, kKeyChunk);
+    for (int64_t chunk = 0; chunk < num_chunks; ++chunk) {
+      run_chunk(chunk, chunk == 0, chunk + 1 == num_chunks, state);
     }
   }
 
-  // state = the part of one chunk. Returns the rows it begins with that see none of it.
-  int64_t run_chunk(int64_t chunk, const AttentionState& state) const {
+ private:
+  void run_chunk(int64_t chunk, bool is_first, bool is_last, const AttentionState& state) const {
     const int64_t first = chunk * kKeyChunk;
-    const int64_t num_keys = std::min(num_visible() - first, kKeyChunk);
+    const int64_t num_keys = std::min(num_visible_ - first, kKeyChunk);
     const int64_t num = num_granules(num_keys);
     const void* granules[2 * (kKeyChunk / kGranule) + kAhead];
     find(task_, work_, task_.cache.k, first, num_keys, copies_, granules);
     find(task_, work_, task_.cache.v, first, num_keys, copies_ + copy_bytes(task_.cache) / 2, granules + num);
     find_next(first + kKeyChunk, granules + 2 * num);
     int64_t row_keys[kRowTile];
-    int64_t blind = 0;
-    for (int64_t r = 0; r < work_.count; ++r) {
-      row_keys[r] = std::clamp<int64_t>(visible(r) - first, 0, num_keys);
-      blind += row_keys[r] == 0;
-    }
-    const AttentionTile tile{granules, num_keys, work_.count, task_.cache.head_dim, queries_, row_keys};
+    for (int64_t r = 0; r < work_.count; ++r) row_keys[r] = std::clamp<int64_t>(visible_[r] - first, 0, num_keys);
+    const AttentionTile tile{granules,
+                             num_keys,
+                             work_.count,
+                             task_.cache.head_dim,
+                             row_keys,
+                             queries_,
+                             rows_,
+                             is_first ? task_.q : nullptr,
+                             is_last ? task_.out : nullptr};
     task_.kernels.attend[static_cast<int>(task_.cache.type)](tile, state, scratch_);
-    return blind;
-  }
-
-  // All chunks, one after the other, to the output.
-  void run() const {
-    const int64_t head_dim = task_.cache.head_dim, stride = padded_dim(head_dim);
-    float largest[kRowTile], sum[kRowTile], part_largest[kRowTile], part_sum[kRowTile];
-    float* const values = queries_ + kRowTile * head_dim;
-    const AttentionState whole{largest, sum, values, stride};
-    const AttentionState part{part_largest, part_sum, values + kRowTile * stride, stride};
-    run_chunk(0, whole);
-    for (int64_t chunk = 1; chunk * kKeyChunk < num_visible(); ++chunk) {
-      for (int64_t r = run_chunk(chunk, part); r < work_.count; ++r) {
-        task_.kernels.merge(largest[r], sum[r], values + r * stride, part_largest[r], part_sum[r],
-                            part.values + r * stride, head_dim);
-      }
-    }
-    for (int64_t r = 0; r < work_.count; ++r) {
-      task_.kernels.scale(values + r * stride, 1.0f / sum[r], head_dim, task_.out + row_offset(r));
-    }
-  }
-
- private:
-  int64_t visible(int64_t r) const { return work_.num_keys(work_.begin + r, group_); }
-  int64_t num_visible() const { return visible(work_.count - 1); }
-
-  // Where a row's query and output begin.
-  int64_t row_offset(int64_t r) const {
-    const int64_t row = work_.begin + r, token = task_.sequences.query_start_loc[work_.seq] + row / group_;
-    return (token * task_.num_heads + work_.kv_head * group_ + row % group_) * task_.cache.head_dim;
   }
 
   // The kAhead granules that come after this chunk, the last one repeated: position `first` of this sequence if its
   // next chunk is this item's, too, otherwise the next item's first.
   void find_next(int64_t first, const void** granules) const {
-    const Work* const work = work_.chunk < 0 && first < num_visible() ? &work_ : next_;
+    const Work* const work = work_.chunk < 0 && first < num_visible_ ? &work_ : next_;
     int64_t count = 0;
     if (work != nullptr) {
       if (work == next_) first = work->first_chunk() * kKeyChunk;
-      const int64_t num_keys = work->num_keys(work->begin + work->count - 1, group_) - first;
+      const int64_t num_keys = work->num_visible(group_) - first;
       count = std::min(num_granules(num_keys), kAhead);
       find(task_, *work, task_.cache.k, first, count * kGranule, nullptr, granules);
     }
@@ -165,11 +173,9 @@ class Item {
   float* scratch_;
   float* queries_;
   std::byte* copies_;
+  int64_t num_visible_;
+  int64_t visible_[kRowTile], rows_[kRowTile];
 };
-
-AttentionState part_state(float* part, int64_t num_rows, int64_t head_dim) {
-  return {part, part + num_rows, part + 2 * num_rows, padded_dim(head_dim)};
-}
 
 // A lane's walk through the items of a task: each item falls to one lane.
 class Items {
@@ -227,7 +233,7 @@ void attend_items(const AttentionTask& task, float* scratch) {
     if (work.chunk < 0) {
       item.run();
     } else {
-      item.run_chunk(work.chunk, part_state(work.part, work.count, task.cache.head_dim));
+      item.run_part();
     }
   }
 }

@@ -12,15 +12,13 @@
 //
 // Source: FlashAttention-2, arXiv 2307.08691; PagedAttention, arXiv 2309.06180.
 
-#include "cache_words.h"
+#include "granules.h"
 
 #if INFERNEO_LANES == 16 || defined(__aarch64__)
 constexpr int64_t kColumns = 4, kRows = 6;  // vectors and rows of a micro-kernel: what 32 registers hold,
 #else
 constexpr int64_t kColumns = 2, kRows = kLanes == 8 ? 4 : 3;  // or 16, with one to spare
 #endif
-
-INFERNEO_INLINE int64_t padded(int64_t head_dim) { return (head_dim + kLanes - 1) / kLanes * kLanes; }
 
 // f(count as a constant), 1 <= count <= kMost.
 template <int64_t kMost, class F>
@@ -31,64 +29,12 @@ INFERNEO_INLINE void with_constant(int64_t count, F f) {
   f(std::integral_constant<int64_t, kMost>{});
 }
 
-// Numbers that one product takes of either side.
-template <class T>
-constexpr int64_t kPerProduct = kInPairs<T> ? 2 : 1;
-
 // The k-th of the `count` products of a chain.
 template <class T>
 INFERNEO_INLINE int64_t in_turn(int64_t k, int64_t count) {
   if constexpr (!std::is_same_v<T, BFloat16> || kInPairs<T>) return k;
   return (k ^ 1) < count ? k ^ 1 : k;
 }
-
-// Asks for `count` lines, `offset` on, of the granule that will be read kAhead later: a few lines at a time between the
-// work on others, for a burst would stall the core, and into the second cache, for the first has too few line buffers.
-INFERNEO_INLINE void prefetch(const void* const* granule, int64_t offset, int64_t count) {
-  const char* const later = static_cast<const char*>(granule[kAhead]) + offset;
-#pragma GCC unroll 4
-  for (int64_t i = 0; i < count; ++i) __builtin_prefetch(later + 64 * i, 0, 2);
-}
-
-// Some granules of keys or values of the cache type T, with head_dim elements a row.
-template <class T>
-struct Granules {
-  const void* const* places;
-  int64_t head_dim;
-
-  static constexpr int64_t kElements = 16 / sizeof(T);  // in sixteen bytes
-  static constexpr int64_t kSize = sizeof(T);
-  static constexpr bool kIsScaled = std::is_same_v<T, Code>;
-  INFERNEO_INLINE int64_t row_bytes() const { return head_dim * kSize + (kIsScaled ? kScaleBytes : 0); }
-  INFERNEO_INLINE const char* row(int64_t i) const {
-    return static_cast<const char*>(places[i / kGranule]) + i % kGranule * row_bytes();
-  }
-  // Sixteen bytes, from dimension d on, of the keys from `first` on: as words of kLanes keys. Asks for as many bytes of
-  // a later granule.
-  INFERNEO_INLINE void words(int64_t first, int64_t d, Words (&words)[4]) const {
-    prefetch(places + first / kGranule, first % kGranule * row_bytes() + d * kSize * kLanes, kLanes / 4);
-    load_words(row(first) + d * kSize, row_bytes(), words);
-  }
-  // Asks for the keys from `first` on, kLanes of them, line after line: `words` hops from row to row, and an order that
-  // is not the memory's keeps the hardware's prefetchers from running ahead.
-  INFERNEO_INLINE void touch(int64_t first) const {
-    for (int64_t i = 0; i < kLanes * row_bytes(); i += 64) __builtin_prefetch(row(first) + i, 0, 3);
-  }
-  // Dimension d of the keys from `first` on, or the pair it begins.
-  INFERNEO_INLINE Vec column(int64_t first, int64_t d) const {
-    float column[kLanes];
-    for (int64_t j = 0; j < kLanes; ++j) {
-      const char* const place = row(first + j) + d * kSize;
-      if constexpr (kInPairs<T>) {
-        const uint32_t second = d + 1 < head_dim ? load_as<uint16_t>(place + kSize) : 0;
-        column[j] = bits_float(load_as<uint16_t>(place) | second << 16);
-      } else {
-        column[j] = to_float(load_as<T>(place));
-      }
-    }
-    return load(column);
-  }
-};
 
 // sums[r] += factors[r * stride] * columns, words of the cache type T's kind.
 template <class T, int64_t num_rows, int64_t num_columns>
@@ -145,74 +91,11 @@ void score_keys(const float* queries, const Granules<T>& keys, int64_t num_keys,
   for (; first < num_keys; first += kLanes) score_block<T, num_rows, 1>(queries, keys, first, scores);
 }
 
-// out[d, j] = key j's dimension d, or pair d; count in whole granules.
-template <class T>
-void widen_keys(const Granules<T>& keys, int64_t count, float* out) {
-  for (int64_t first = 0; first < count; first += kLanes) {
-    int64_t d = 0;
-    for (; d + keys.kElements <= keys.head_dim; d += keys.kElements) {
-      Words words[4];
-      keys.words(first, d, words);
-#pragma GCC unroll 16
-      for (int64_t i = 0; i < keys.kElements / kPerProduct<T>; ++i) {
-        store(out + (d / kPerProduct<T> + i) * kKeyTile + first, element<T>(words, i));
-      }
-    }
-    for (; d < keys.head_dim; d += kPerProduct<T>) {
-      store(out + d / kPerProduct<T> * kKeyTile + first, keys.column(first, d));
-    }
-  }
-}
-
-// out[j, d] = value j's dimension d, padded with zeros to whole vectors.
-template <class T>
-void widen_values(const Granules<T>& values, int64_t count, float* out) {
-  const int64_t stride = padded(values.head_dim);
-  for (int64_t j = 0; j < count; ++j) {
-    prefetch(values.places + j / kGranule, j % kGranule * values.row_bytes(), (values.row_bytes() + 63) / 64);
-    const T* const value = reinterpret_cast<const T*>(values.row(j));
-    int64_t d = 0;
-    for (; d + kLanes <= values.head_dim; d += kLanes) store(out + j * stride + d, load(value + d));
-    for (; d < stride; ++d) out[j * stride + d] = d < values.head_dim ? to_float(value[d]) : 0.0f;
-  }
-}
-
-#if INFERNEO_BF16_DOT
-// out[j, d] = dimension d of values 2 * j and 2 * j + 1.
-template <>
-void widen_values(const Granules<BFloat16>& values, int64_t count, float* out) {
-  const int64_t stride = padded(values.head_dim), row_bytes = values.row_bytes();
-  for (int64_t j = 0; j < count; j += 2, out += stride) {
-    prefetch(values.places + j / kGranule, j % kGranule * row_bytes, (2 * row_bytes + 63) / 64);
-    const auto* const value = reinterpret_cast<const BFloat16*>(values.row(j));
-    const auto* const next = j + 1 < count ? reinterpret_cast<const BFloat16*>(values.row(j + 1)) : nullptr;
-    int64_t d = 0;
-    for (; d + 2 * kLanes <= values.head_dim; d += 2 * kLanes) {
-      Vec pairs[2];
-      load_pairs(value + d, next == nullptr ? next : next + d, pairs);
-      for (int64_t n = 0; n < 2; ++n) store(out + d + n * kLanes, pairs[n]);
-    }
-    for (; d < stride; ++d) {
-      const bool is_inside = d < values.head_dim;
-      const uint32_t first = is_inside ? value[d].bits : 0, second = is_inside && next != nullptr ? next[d].bits : 0;
-      out[d] = bits_float(first | second << 16);
-    }
-  }
-}
-#endif
-
-// c[r, n] (+)= the sum over k of a[r, k] * b[k, n], n over num_columns vectors.
+// c[r, n] = the sum over k of a[r, k] * b[k, n], n over num_columns vectors.
 template <class T, int64_t num_rows, int64_t num_columns>
 INFERNEO_INLINE void multiply_block(const float* a, int64_t a_stride, const float* b, int64_t b_stride, int64_t depth,
-                                    bool accumulate, float* c, int64_t c_stride) {
-  Vec sums[num_rows][num_columns];
-#pragma GCC unroll 6
-  for (int64_t r = 0; r < num_rows; ++r) {
-#pragma GCC unroll 4
-    for (int64_t n = 0; n < num_columns; ++n) {
-      sums[r][n] = accumulate ? load(c + r * c_stride + n * kLanes) : Vec{};
-    }
-  }
+                                    float* c, int64_t c_stride) {
+  Vec sums[num_rows][num_columns] = {};
   for (int64_t i = 0; i < depth; ++i) {
     const int64_t k = in_turn<T>(i, depth);
     Vec columns[num_columns];
@@ -223,30 +106,16 @@ INFERNEO_INLINE void multiply_block(const float* a, int64_t a_stride, const floa
   for (int64_t r = 0; r < num_rows; ++r) store_columns<float>(c + r * c_stride, sums[r]);
 }
 
+// c [num_rows, width] = a [num_rows, depth] @ b [depth, width], floats or pairs; width in whole vectors.
 template <class T, int64_t num_rows>
-void multiply_rows(const float* a, int64_t a_stride, const float* b, int64_t b_stride, int64_t depth, int64_t width,
-                   bool accumulate, float* c, int64_t c_stride) {
+INFERNEO_INLINE void multiply(const float* a, int64_t a_stride, const float* b, int64_t b_stride, int64_t depth,
+                              int64_t width, float* c, int64_t c_stride) {
   int64_t n = 0;
   for (; n + kColumns * kLanes <= width; n += kColumns * kLanes) {
-    multiply_block<T, num_rows, kColumns>(a, a_stride, b + n, b_stride, depth, accumulate, c + n, c_stride);
+    multiply_block<T, num_rows, kColumns>(a, a_stride, b + n, b_stride, depth, c + n, c_stride);
   }
   for (; n < width; n += kLanes) {
-    multiply_block<T, num_rows, 1>(a, a_stride, b + n, b_stride, depth, accumulate, c + n, c_stride);
-  }
-}
-
-// c [num_rows, width] (+)= a [num_rows, depth] @ b [depth, width], floats or pairs; width in whole vectors.
-template <class T>
-void multiply(const float* a, int64_t a_stride, const float* b, int64_t b_stride, int64_t num_rows, int64_t depth,
-              int64_t width, bool accumulate, float* c, int64_t c_stride) {
-  while (num_rows > 0) {
-    const int64_t rows = num_rows < kRows ? num_rows : kRows;
-    with_constant<kRows>(rows, [&](auto count) {
-      multiply_rows<T, count>(a, a_stride, b, b_stride, depth, width, accumulate, c, c_stride);
-    });
-    a += rows * a_stride;
-    c += rows * c_stride;
-    num_rows -= rows;
+    multiply_block<T, num_rows, 1>(a, a_stride, b + n, b_stride, depth, c + n, c_stride);
   }
 }
 
@@ -286,85 +155,169 @@ void sum_values(const float* weights, const Granules<T>& values, int64_t num_key
   for (; d < values.head_dim; d += kLanes) sum_block<T, num_rows, 1>(weights, values, num_keys, d, out, stride);
 }
 
-// scores becomes exp(score - largest) for the keys a row sees, and 0 for the others up to num_columns, as floats or as
-// pairs.
-template <class T>
-void softmax_row(float* scores, int64_t num_keys, int64_t num_columns, float& largest, float& sum) {
-  const int64_t end = num_granules(num_keys) * kGranule;
-  std::fill(scores + num_keys, scores + end, -INFINITY);
-  Vec most = load(scores);
-  for (int64_t i = kLanes; i < end; i += kLanes) most = larger(load(scores + i), most);
-  largest = max_lanes(most);
-  Vec sums[kSumVecs] = {};
-  for (int64_t i = 0; i < end; i += kSumLanes) {
-    for (int64_t j = 0; j < kSumVecs; ++j) {
-      const int64_t place = i + j * kLanes;
-      const Vec x = load(scores + place);
-      const Vec weights = x == -INFINITY ? Vec{} : exp_fused(x - largest);  // exp_fused gives no zeros
-      sums[j] += store_weights<T>(weights, place, scores);
-    }
+// scores [num_rows, kKeyChunk] become 2**(score - largest) for the keys a row sees, and 0 for the others up to
+// num_columns, as floats or as pairs. All rows side by side, so that their chains overlap.
+template <class T, int64_t num_rows>
+void softmax_rows(float* scores, const int64_t* row_keys, int64_t num_columns, float* largest, float* sum) {
+  constexpr int64_t kStep = kWeightVecs * kLanes;
+  const int64_t end = (num_columns + kStep - 1) / kStep * kStep;
+  Vec most[num_rows];
+#pragma GCC unroll 6
+  for (int64_t r = 0; r < num_rows; ++r) {
+    for (int64_t i = row_keys[r]; i < end; ++i) scores[r * kKeyChunk + i] = -INFINITY;
+    most[r] = load(scores + r * kKeyChunk);
   }
-  sum = sum_lanes(sums);
-  constexpr int64_t kBytes = 4 / kPerProduct<T>;  // of a weight
-  std::memset(reinterpret_cast<char*>(scores) + end * kBytes, 0, (num_columns - end) * kBytes);
-}
-
-// Brings the scales of int8 rows into what came of their codes, or is to be multiplied with them: scores and weights
-// [num_rows, kKeyChunk]. Columns past the last key become 0, whatever lies there in the cache.
-template <class T>
-void apply_scales(const Granules<T>& granules, int64_t num_keys, int64_t num_rows, float* scores) {
-  if constexpr (Granules<T>::kIsScaled) {
-    float scales[kKeyChunk];
-    const int64_t end = num_granules(num_keys) * kGranule;
-    for (int64_t first = 0; first < end; first += kGranule) {
-      const char* const scale = granules.row(first) + granules.head_dim;
-#pragma GCC unroll 16
-      for (int64_t j = 0; j < kGranule; ++j) scales[first + j] = load_as<float>(scale + j * granules.row_bytes());
-    }
-    std::fill(scales + num_keys, scales + end, 0.0f);
+  for (int64_t i = kLanes; i < end; i += kLanes) {
+#pragma GCC unroll 6
+    for (int64_t r = 0; r < num_rows; ++r) most[r] = larger(load(scores + r * kKeyChunk + i), most[r]);
+  }
+#pragma GCC unroll 6
+  for (int64_t r = 0; r < num_rows; ++r) largest[r] = max_lanes(most[r]);
+  Vec sums[num_rows][kSumVecs] = {};
+  for (int64_t i = 0; i < end; i += kStep) {
+#pragma GCC unroll 6
     for (int64_t r = 0; r < num_rows; ++r) {
       float* const row = scores + r * kKeyChunk;
-      for (int64_t j = 0; j < end; j += kLanes) store(row + j, load(row + j) * load(scales + j));
+      Vec weights[kWeightVecs];
+#pragma GCC unroll 8
+      for (int64_t j = 0; j < kWeightVecs; ++j) {
+        weights[j] = exp2_fused<std::is_same_v<T, BFloat16>>(load(row + i + j * kLanes) - largest[r]);
+      }
+      store_weights<T>(weights, i, row, sums[r]);
     }
+  }
+#pragma GCC unroll 6
+  for (int64_t r = 0; r < num_rows; ++r) sum[r] = sum_lanes(sums[r]);
+}
+
+// The scales of int8 rows; past the last key, up to its granule's end, 0, whatever lies there in the cache.
+template <class T>
+void load_scales(const Granules<T>& granules, int64_t num_keys, float* scales) {
+  const int64_t end = num_granules(num_keys) * kGranule;
+  for (int64_t first = 0; first < end; first += kGranule) {
+    const char* const scale = granules.row(first) + granules.head_dim;
+#pragma GCC unroll 16
+    for (int64_t j = 0; j < kGranule; ++j) scales[first + j] = load_as<float>(scale + j * granules.row_bytes());
+  }
+  std::fill(scales + num_keys, scales + end, 0.0f);
+}
+
+// Brings them into what came of the rows' codes, or is to be multiplied with them: scores and weights.
+INFERNEO_INLINE void apply_scales(const float* scales, int64_t num_columns, int64_t num_rows, float* scores) {
+  for (int64_t r = 0; r < num_rows; ++r) {
+    float* const row = scores + r * kKeyChunk;
+    for (int64_t j = 0; j < num_columns; j += kLanes) store(row + j, load(row + j) * load(scales + j));
+  }
+}
+
+// A chunk's keys and values as few rows take them, where they lie, and as many do: copied to where `wide` points.
+template <class T>
+struct Operands {
+  Granules<T> keys, values;
+  float* wide_keys;
+  float* wide_values;  // or null, both
+  float key_scales[Granules<T>::kIsScaled ? kKeyChunk : 1], value_scales[Granules<T>::kIsScaled ? kKeyChunk : 1];
+};
+
+void merge(float& largest, float& sum, float* values, float part_largest, float part_sum, const float* part_values,
+           int64_t head_dim) {
+  const float most = part_largest > largest ? part_largest : largest;
+  const float old_weight = exp2_fused<false>(splat(largest - most))[0];
+  const float part_weight = exp2_fused<false>(splat(part_largest - most))[0];
+  largest = most;
+  sum = sum * old_weight + part_sum * part_weight;
+  for (int64_t d = 0; d < head_dim; ++d) values[d] = values[d] * old_weight + part_values[d] * part_weight;
+}
+
+void scale(const float* x, float factor, int64_t count, float* out) {
+  for (int64_t i = 0; i < count; ++i) out[i] = x[i] * factor;
+}
+
+// A query, scaled: words of the cache type's kind.
+template <class T>
+INFERNEO_INLINE void scale_query(const float* x, float factor, int64_t head_dim, float* out) {
+  if constexpr (!std::is_same_v<T, BFloat16>) return scale(x, factor, head_dim, out);
+  int64_t d = 0;
+#if INFERNEO_BF16_DOT
+  if constexpr (kInPairs<T>) {
+    for (; d + 2 * kLanes <= head_dim; d += 2 * kLanes) {
+      store(out + d / 2, to_pairs(load(x + d) * factor, load(x + d + kLanes) * factor));
+    }
+    auto* const halves = reinterpret_cast<BFloat16*>(out);
+    for (; d < head_dim; ++d) from_float(x[d] * factor, halves[d]);
+    if (head_dim % 2 != 0) halves[head_dim] = {0};
+  }
+#endif
+  for (; d < head_dim; ++d) out[d] = to_float(BFloat16{float_to_bfloat16(x[d] * factor)});
+}
+
+// Rows `first` to first + num_rows of a tile. Queries and outputs come and go here: the products next to them hide
+// their stores, which seldom find a line in the first cache.
+template <class T, int64_t num_rows>
+void attend_rows(const AttentionTile& tile, const AttentionState& state, const Operands<T>& with, int64_t first,
+                 float* scratch) {
+  const int64_t head_dim = tile.head_dim, num_keys = tile.row_keys[first + num_rows - 1];
+  const int64_t num_columns = num_granules(num_keys) * kGranule, depth = num_products<T>(head_dim);
+  const int64_t* const rows = tile.rows + first;
+  float* const queries = tile.queries + first * head_dim;
+  if (tile.q != nullptr) {
+    const float factor = kLog2E / std::sqrt(static_cast<float>(head_dim));  // softmax takes powers of 2
+    for (int64_t r = 0; r < num_rows; ++r) scale_query<T>(tile.q + rows[r], factor, head_dim, queries + r * head_dim);
+  }
+  float* const largest = state.largest + first;
+  float* const sum = state.sum + first;
+  float* const values = state.values + first * state.stride;
+  if (num_keys > 0) {
+    float* const scores = scratch;  // [num_rows, kKeyChunk]
+    float part_largest[num_rows], part_sum[num_rows];
+    const bool is_first = tile.q != nullptr;
+    float* const part_values = is_first ? values : scratch + kRowBlock * kKeyChunk;
+    if (with.wide_keys == nullptr) score_keys<T, num_rows>(queries, with.keys, num_columns, scores);
+    for (int64_t j = 0; with.wide_keys != nullptr && j < num_columns; j += kKeyTile) {
+      multiply<T, num_rows>(queries, head_dim, with.wide_keys + j * depth, kKeyTile, depth,
+                            std::min(kKeyTile, num_columns - j), scores + j, kKeyChunk);
+    }
+    if constexpr (Granules<T>::kIsScaled) apply_scales(with.key_scales, num_columns, num_rows, scores);
+    softmax_rows<T, num_rows>(scores, tile.row_keys + first, num_columns, is_first ? largest : part_largest,
+                              is_first ? sum : part_sum);
+    if constexpr (Granules<T>::kIsScaled) apply_scales(with.value_scales, num_columns, num_rows, scores);
+    if (with.wide_values == nullptr) {
+      sum_values<T, num_rows>(scores, with.values, num_keys, part_values, state.stride);
+    } else {
+      multiply<T, num_rows>(scores, kKeyChunk, with.wide_values, padded(head_dim), num_products<T>(num_keys),
+                            padded(head_dim), part_values, state.stride);
+    }
+    for (int64_t r = 0; r < num_rows && !is_first; ++r) {
+      if (tile.row_keys[first + r] == 0) continue;
+      merge(largest[r], sum[r], values + r * state.stride, part_largest[r], part_sum[r], part_values + r * state.stride,
+            head_dim);
+    }
+  }
+  for (int64_t r = 0; r < num_rows && tile.out != nullptr; ++r) {
+    scale(values + r * state.stride, 1.0f / sum[r], head_dim, tile.out + rows[r]);
   }
 }
 
 template <class T>
 void attend(const AttentionTile& tile, const AttentionState& state, float* scratch) {
-  const int64_t head_dim = tile.head_dim, granules = num_granules(tile.num_keys), num_columns = granules * kGranule;
-  const Granules<T> keys{tile.granules, head_dim}, values{tile.granules + granules, head_dim};
-  float* const scores = scratch;                       // [num_rows, kKeyChunk]
-  float* const wide = scratch + kRowTile * kKeyChunk;  // [head_dim, kKeyTile], then [kKeyTile, padded]
-  const auto products = [](int64_t count) { return (count + kPerProduct<T> - 1) / kPerProduct<T>; };
+  const int64_t head_dim = tile.head_dim, num_keys = tile.num_keys, granules = num_granules(num_keys);
+  float* const wide_keys = scratch + kRowBlock * (kKeyChunk + state.stride);
   const bool is_few = tile.num_rows <= kRows;
-  if (is_few) {
-    with_constant<kRows>(tile.num_rows,
-                         [&](auto rows) { score_keys<T, rows>(tile.queries, keys, num_columns, scores); });
+  Operands<T> with{{tile.granules, head_dim}, {tile.granules + granules, head_dim}, nullptr, nullptr, {}, {}};
+  if (!is_few) {
+    with.wide_keys = wide_keys;
+    widen_keys(with.keys, granules * kGranule, with.wide_keys);
   }
-  for (int64_t first = 0; !is_few && first < num_columns; first += kKeyTile) {
-    const int64_t count = std::min(kKeyTile, num_columns - first);
-    widen_keys<T>({keys.places + first / kGranule, head_dim}, count, wide);
-    multiply<T>(tile.queries, head_dim, wide, kKeyTile, tile.num_rows, products(head_dim), count, false, scores + first,
-                kKeyChunk);
+  if (!is_few || head_dim % kLanes != 0) {
+    with.wide_values = wide_keys + kKeyChunk * padded(head_dim);
+    widen_values(with.values, num_keys, with.wide_values);
   }
-  apply_scales(keys, tile.num_keys, tile.num_rows, scores);
-  for (int64_t r = 0; r < tile.num_rows; ++r) {
-    if (tile.row_keys[r] > 0) {
-      softmax_row<T>(scores + r * kKeyChunk, tile.row_keys[r], num_columns, state.largest[r], state.sum[r]);
-    } else {
-      std::fill_n(scores + r * kKeyChunk, num_columns, 0.0f);
-    }
+  if constexpr (Granules<T>::kIsScaled) {
+    load_scales(with.keys, num_keys, with.key_scales);
+    load_scales(with.values, num_keys, with.value_scales);
   }
-  apply_scales(values, tile.num_keys, tile.num_rows, scores);
-  if (is_few && head_dim % kLanes == 0) {
-    return with_constant<kRows>(tile.num_rows, [&](auto rows) {
-      sum_values<T, rows>(scores, values, tile.num_keys, state.values, state.stride);
-    });
-  }
-  for (int64_t first = 0; first < tile.num_keys; first += kKeyTile) {
-    const int64_t count = std::min(kKeyTile, tile.num_keys - first);
-    widen_values<T>({values.places + first / kGranule, head_dim}, count, wide);
-    multiply<T>(scores + first / kPerProduct<T>, kKeyChunk, wide, padded(head_dim), tile.num_rows, products(count),
-                padded(head_dim), first > 0, state.values, state.stride);
+  for (int64_t first = 0; first < tile.num_rows; first += kRows) {
+    with_constant<kRows>(std::min(kRows, tile.num_rows - first),
+                         [&](auto rows) { attend_rows<T, rows>(tile, state, with, first, scratch); });
   }
 }

@@ -25,22 +25,50 @@ INFERNEO_INLINE Vec add_product(Vec a, Vec b, Vec sum) {
   return fma(a, b, sum);
 }
 
-// Weights to their place among a row's: as they are, or rounded to bf16 for a cache in it. Returns what was stored.
+// Every second element of two vectors, from kFirst on.
+template <int kFirst, int... kIndex>
+INFERNEO_INLINE Vec every_second(Vec a, Vec b, std::integer_sequence<int, kIndex...>) {
+  return __builtin_shufflevector(a, b, (kFirst + 2 * kIndex)...);
+}
+
+#if INFERNEO_BF16_DOT
+// Two vectors of floats, rounded to bf16, one behind the other.
+INFERNEO_INLINE Vec to_pairs(Vec first, Vec second) {
+  return reinterpret_cast<Vec>(_mm512_cvtne2ps_pbh(second, first));
+}
+#endif
+
+constexpr int64_t kWeightVecs = 2 * kSumVecs;
+
+// Weights to their place among a row's, and to the row's sum in kSumLanes lanes: as they are, or for a cache in bf16
+// rounded to it and added up in pairs as products are.
 template <class T>
-INFERNEO_INLINE Vec store_weights(Vec weights, int64_t place, float* row) {
+INFERNEO_INLINE void store_weights(Vec (&weights)[kWeightVecs], int64_t place, float* row, Vec (&sums)[kSumVecs]) {
 #if INFERNEO_BF16_DOT
   if constexpr (kInPairs<T>) {
-    const auto halves = reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(weights));
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(row) + place / kLanes, halves);
-    return reinterpret_cast<Vec>(reinterpret_cast<Words>(_mm512_maskz_cvtepu16_epi32(0xffff, halves)) << 16);
+    const Vec pairs = to_pairs(weights[0], weights[1]);
+    store(row + place / 2, pairs);
+    sums[0] = add_product<T>(pairs, reinterpret_cast<Vec>(Words{} + 0x3f803f80u), sums[0]);
+    return;
   }
 #endif
   if constexpr (std::is_same_v<T, BFloat16>) {
-    const Words bits = reinterpret_cast<Words>(weights);
-    weights = reinterpret_cast<Vec>((bits + 0x7fffu + (bits >> 16 & 1u)) & 0xffff0000u);
+    for (Vec& w : weights) {
+      const Words bits = w < 0x1p-126f ? Words{} : reinterpret_cast<Words>(w);  // products take subnormals for 0
+      w = reinterpret_cast<Vec>((bits + 0x7fffu + (bits >> 16 & 1u)) & 0xffff0000u);
+    }
   }
-  store(row + place, weights);
-  return weights;
+  for (int64_t i = 0; i < kWeightVecs; ++i) store(row + place + i * kLanes, weights[i]);
+  for (int64_t i = 0; i < kSumVecs; ++i) {
+    if constexpr (std::is_same_v<T, BFloat16>) {
+      constexpr std::make_integer_sequence<int, static_cast<int>(kLanes)> kIndices{};
+      sums[i] += every_second<1>(weights[2 * i], weights[2 * i + 1], kIndices);
+      sums[i] += every_second<0>(weights[2 * i], weights[2 * i + 1], kIndices);
+    } else {
+      sums[i] += weights[i];
+      sums[i] += weights[kSumVecs + i];
+    }
+  }
 }
 
 // Sixteen bytes of rows[0], rows[4], rows[8] and so on, as many as a vector holds; `stride` bytes from row to row.

@@ -23,8 +23,9 @@ inline int64_t cache_row_bytes(CacheType type, int64_t head_dim) {
 }
 
 constexpr int64_t kKeyChunk = 256;  // keys under one softmax; partial results of chunks are merged in ascending order
-constexpr int64_t kKeyTile = 64;    // keys that are brought into fp32 at once, if there are many rows
-constexpr int64_t kRowTile = 48;    // query rows (tokens * heads of one KV head) that share them
+constexpr int64_t kRowTile = 96;    // query rows (tokens * heads of one KV head) that share a copy of keys and values
+constexpr int64_t kRowBlock = 6;    // of them at most under way at once
+constexpr int64_t kKeyTile = 64;    // keys side by side in that copy
 constexpr int64_t kGranule = 16;    // keys, or values, that lie one after the other in memory
 constexpr int64_t kAhead = 4;       // how far ahead, in granules, memory is asked for: 4 to 16 are as fast
 
@@ -38,12 +39,16 @@ struct AttentionTile {
   int64_t num_keys;  // in [1, kKeyChunk]
   int64_t num_rows;  // in [1, kRowTile]
   int64_t head_dim;
-  const float* queries;     // [num_rows, head_dim], as scale_query gives them
-  const int64_t* row_keys;  // [num_rows]: how many keys of the chunk a row sees, at most num_keys; 0: none
+  const int64_t* row_keys;  // [num_rows]: how many keys of the chunk a row sees, never fewer than the row before
+  float* queries;           // [num_rows, head_dim] words, made from q in the first chunk
+  // Row r's query and output begin at rows[r] of q and out. q is null after the first chunk, out before the last one.
+  const int64_t* rows;
+  const float* q;
+  float* out;
 };
 
-// A softmax in progress: sums of exp(score - largest) and of exp(score - largest) * value. Rows that saw no key are not
-// written.
+// A softmax in progress: sums of 2**(score - largest) and of 2**(score - largest) * value. What it holds of rows that
+// saw no key means nothing.
 struct AttentionState {
   float* largest;  // [num_rows]
   float* sum;      // [num_rows]
@@ -52,10 +57,9 @@ struct AttentionState {
 };
 
 struct RowKernels {
-  // state = this chunk's part alone. scratch: attention_scratch(head_dim) floats, 64-byte aligned.
+  // The state takes in this chunk's part, or is it where the chunk is the first; the last chunk's goes to the output.
+  // scratch: attention_scratch(head_dim) floats, 64-byte aligned.
   void (*attend[kCacheTypes])(const AttentionTile& tile, const AttentionState& state, float* scratch);
-  // out = a query times factor, as `attend` takes it: head_dim words, whose meaning is the cache type's.
-  void (*scale_query[kCacheTypes])(const float* x, float factor, int64_t head_dim, float* out);
   // One row of a state takes in the part of a later chunk.
   void (*merge)(float& largest, float& sum, float* values, float part_largest, float part_sum, const float* part_values,
                 int64_t head_dim);
@@ -73,7 +77,7 @@ struct RowKernels {
 
 inline int64_t attention_scratch(int64_t head_dim) {
   const int64_t padded = (head_dim + 15) / 16 * 16;
-  return kRowTile * kKeyChunk + kKeyTile * padded;
+  return (kRowBlock + 2 * padded) * kKeyChunk + kRowBlock * padded;
 }
 
 const RowKernels& row_kernels(Isa isa);

@@ -2,33 +2,6 @@
 
 #include "attention_impl.h"
 
-void merge(float& largest, float& sum, float* values, float part_largest, float part_sum, const float* part_values,
-           int64_t head_dim) {
-  const float most = part_largest > largest ? part_largest : largest;
-  const float old_weight = exp_float(largest - most);
-  const float part_weight = exp_float(part_largest - most);
-  largest = most;
-  sum = sum * old_weight + part_sum * part_weight;
-  for (int64_t d = 0; d < head_dim; ++d) values[d] = values[d] * old_weight + part_values[d] * part_weight;
-}
-
-void scale(const float* x, float factor, int64_t count, float* out) {
-  for (int64_t i = 0; i < count; ++i) out[i] = x[i] * factor;
-}
-
-// A query, scaled: of floats, or for a cache in bf16 rounded to it, in pairs where they are multiplied.
-template <class T>
-void scale_query(const float* x, float factor, int64_t head_dim, float* out) {
-  if constexpr (!std::is_same_v<T, BFloat16>) return scale(x, factor, head_dim, out);
-  if constexpr (kInPairs<T>) {
-    auto* const halves = reinterpret_cast<BFloat16*>(out);
-    for (int64_t i = 0; i < head_dim; ++i) from_float(x[i] * factor, halves[i]);
-    if (head_dim % 2 != 0) halves[head_dim] = {0};
-  } else {
-    for (int64_t i = 0; i < head_dim; ++i) out[i] = to_float(BFloat16{float_to_bfloat16(x[i] * factor)});
-  }
-}
-
 void rms_norm(const float* x, const float* weight, float eps, int64_t count, float* out) {
   Vec sums[4][kSumVecs] = {};
   int64_t i = 0;
@@ -68,7 +41,7 @@ void rotate(float* head, const float* cos_sin, int64_t head_dim) {
 
 INFERNEO_INLINE void silu_mul_lanes(float* gate, const float* up) {
   const Vec x = load(gate);
-  const Vec e = exp_fused(-larger(x, splat(-87.0f)));  // below, exp(-x) would overflow
+  const Vec e = exp2_fused<false>(larger(x, splat(-87.0f)) * -kLog2E);  // below, exp(-x) would overflow
   store(gate, x / (1.0f + e) * load(up));
 }
 
@@ -107,7 +80,6 @@ void store_row<Code>(const float* x, int64_t count, void* out) {
 
 constexpr RowKernels kRowKernels{
     {attend<float>, attend<BFloat16>, attend<Half>, attend<Code>},
-    {scale_query<float>, scale_query<BFloat16>, scale_query<Half>, scale_query<Code>},
     merge,
     scale,
     rms_norm,

@@ -103,18 +103,25 @@ INFERNEO_INLINE Vec larger(Vec a, Vec b) { return _mm512_maskz_max_ps(0xffff, a,
 INFERNEO_INLINE Vec larger(Vec a, Vec b) { return a > b ? a : b; }
 #endif
 
-// exp(d) for d <= 87, as accurate as exp_float with half its instructions: multiply-adds are fused, and the power of
-// two is added to the exponent's bits. What is below kLowestExponent counts as that.
-INFERNEO_INLINE Vec exp_fused(Vec d) {
-  d = larger(d, splat(kLowestExponent));
-  const Vec shifted = fma(d, splat(kLog2E), splat(kRoundToInt));  // its last bits are the power
-  const Vec n = shifted - kRoundToInt;
-  const Vec r = fma(n, splat(-kLn2Low), fma(n, splat(-kLn2High), d));
-  Vec q = fma(r, splat(0.0013933650916442275f), splat(0.008363179862499237f));
-  q = fma(q, r, splat(0.04166646674275398f));
-  q = fma(q, r, splat(0.16666576266288757f));
-  q = fma(q, r, splat(0.5f));
-  q = fma(q, r, splat(1.0f));
+// 2**d for d <= 126; what is below -126 gives 0. The power's integer part is added to the exponent's bits. Accurate to
+// 2e-8, or to 3e-6 where the result will be rounded to bf16, by up to 4e-3.
+template <bool kForBFloat16>
+INFERNEO_INLINE Vec exp2_fused(Vec d) {
+  d = larger(d, splat(-127.0f));               // whose bits are those of 0
+  const Vec shifted = d + splat(kRoundToInt);  // its last bits are the integer part
+  const Vec r = d - (shifted - kRoundToInt);
+  Vec q;
+  if constexpr (kForBFloat16) {
+    q = fma(r, splat(0.009582852944731712f), splat(0.055906426161527634f));
+    q = fma(q, r, splat(0.24024099111557007f));
+    q = fma(q, r, splat(0.6931241750717163f));
+  } else {
+    q = fma(r, splat(0.00015353361959569156f), splat(0.0013398875016719103f));
+    q = fma(q, r, splat(0.00961843691766262f));
+    q = fma(q, r, splat(0.055503323674201965f));
+    q = fma(q, r, splat(0.24022647738456726f));
+    q = fma(q, r, splat(0.6931471824645996f));
+  }
   q = fma(q, r, splat(1.0f));
   return reinterpret_cast<Vec>(reinterpret_cast<Words>(q) + (reinterpret_cast<Words>(shifted) << 23));
 }

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import Tensor
@@ -50,16 +52,20 @@ def scaled(q: Tensor) -> Tensor:
 
 
 def definition(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Queries and weights in bf16, the rest exact. A weight's rounding is relative to its chunk's largest score."""
-    chunks = list(scores_of(scaled(q).bfloat16(), k).split(KEY_CHUNK, dim=-1))
+    """Queries and weights in bf16, the rest exact: queries are scaled for powers of two.
+
+    A weight's rounding is relative to its chunk's largest score.
+    """
+    factor = torch.tensor(math.log2(math.e)) / torch.tensor(float(q.shape[-1])).sqrt()
+    chunks = list(scores_of((q * factor).bfloat16(), k).split(KEY_CHUNK, dim=-1))
     parts = []
     for scores, values in zip(chunks, v.double().split(KEY_CHUNK), strict=True):
         largest = scores.amax(dim=-1, keepdim=True)
-        weights = (scores - largest).exp().nan_to_num(0.0).bfloat16().double()  # nan: a chunk that nobody sees
+        weights = (scores - largest).exp2().nan_to_num(0.0).bfloat16().double()  # nan: a chunk that nobody sees
         parts.append((largest, weights.sum(dim=-1, keepdim=True), weights @ values))
     most = torch.stack([largest for largest, _, _ in parts]).amax(dim=0)
-    total = sum((largest - most).exp() * weight for largest, weight, _ in parts)
-    return sum((largest - most).exp() * values for largest, _, values in parts) / total
+    total = sum((largest - most).exp2() * weight for largest, weight, _ in parts)
+    return sum((largest - most).exp2() * values for largest, _, values in parts) / total
 
 
 @pytest.mark.parametrize(("query_len", "seq_len", "head_dim"), CASES)
