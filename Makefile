@@ -12,6 +12,9 @@ PYTEST_ARGS ?=
 BENCH_ARGS ?=
 MODEL ?= smollm2-135m-instruct
 PROMPT ?= What is the capital of France, and what is it famous for?
+# The recipe takes it from its environment, as it was typed: neither make nor the shell reads a $ or a quote in it.
+override PROMPT := $(value PROMPT)
+export PROMPT
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -34,7 +37,7 @@ help:  ## Show this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 20
 
 demo: $(CLI_STAMP)  ## Install, fetch the default model, stream an answer
-	@$(BIN)/inferneo generate $(MODEL) "$(PROMPT)" --chat --max-tokens 128 --temperature 0
+	@$(BIN)/inferneo generate $(MODEL) "$$PROMPT" --chat --max-tokens 128 --temperature 0
 
 serve: $(SERVER_STAMP)  ## Serve the default model at http://localhost:8000 until Ctrl-C
 	@$(BIN)/inferneo serve $(MODEL)

@@ -77,7 +77,7 @@ def generate(
 def chat(
     model: options.Model,
     system: options.System = None,
-    max_tokens: options.MaxTokens = None,
+    max_tokens: options.AnswerTokens = None,
     temperature: options.Temperature = 0.7,
     top_k: options.TopK = 0,
     top_p: options.TopP = 1.0,

@@ -13,7 +13,8 @@ Model = Annotated[str, Argument(help="A directory, a .gguf file, a hub id, or sm
 Prompt = Annotated[str, Argument(help="What to continue or to answer; - reads it from standard input.")]
 AsChat = Annotated[bool, Option("--chat/--raw", help="Put the prompt as a chat message, or as it stands.")]
 System = Annotated[str | None, Option(help="What the model is told before the first message.")]
-MaxTokens = Annotated[int | None, Option(help="Tokens to generate at most; otherwise until the context is full.")]
+MaxTokens = Annotated[int, Option(help="Tokens to generate at most.")]
+AnswerTokens = Annotated[int | None, Option(help="Tokens of an answer at most; otherwise until the context is full.")]
 
 Temperature = Annotated[float, Option(help="0 always takes the likeliest token.", rich_help_panel=_SAMPLING)]
 TopK = Annotated[int, Option(help="Keep the k likeliest tokens; 0 keeps all.", rich_help_panel=_SAMPLING)]

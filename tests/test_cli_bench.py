@@ -42,6 +42,11 @@ def test_bench_hands_its_options_to_the_benchmarks(commands: list[list[str]], tm
     assert (asked.threads, asked.passes, asked.full, asked.compare) == (1, 3, True, earlier)
 
 
+def test_bench_help_names_every_verb() -> None:
+    assert cli_bench.VERBS.split(", ") == list(program.FILES)
+    assert "tokenizer" in CliRunner().invoke(app, ["bench", "--help"]).output
+
+
 def test_bench_names_what_is_not_installed(commands: list[list[str]], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cli_bench, "NEEDED", ("pytest", "no_such_package"))
     result = CliRunner().invoke(app, ["bench"])
