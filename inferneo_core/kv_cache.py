@@ -86,10 +86,10 @@ def num_blocks_for(
     num_blocks = memory // bytes_each
     blocks_per_seq = -(-max_model_len // block_size)
     if num_blocks < blocks_per_seq:
+        shorter = f", or lower max_model_len to {num_blocks * block_size} at most" if num_blocks else ""
         raise CacheTooSmall(
             f"the KV cache has {memory:,} bytes = {num_blocks} blocks of {block_size} tokens ({bytes_each:,} bytes "
             f"each), and one sequence of max_model_len {max_model_len} needs {blocks_per_seq} blocks = "
-            f"{blocks_per_seq * bytes_each:,} bytes (raise Engine(kv_cache_memory=...), or lower max_model_len to "
-            f"{num_blocks * block_size} at most)"
+            f"{blocks_per_seq * bytes_each:,} bytes (raise Engine(kv_cache_memory=...){shorter})"
         )
     return min(num_blocks, max_num_seqs * blocks_per_seq)

@@ -89,13 +89,13 @@ def make_sequence(
     if room < 1:
         raise PromptTooLong(
             f"the prompt has {len(token_ids)} tokens; max_model_len is {max_model_len} and the answer needs one at "
-            "least (shorten the prompt, or raise Engine(max_model_len=...) where the model's context is longer)"
+            "least (shorten the prompt, or raise max_model_len where the model's context is longer)"
         )
     if params.max_tokens is not None and params.max_tokens > room:
         raise PromptTooLong(
             f"the prompt has {len(token_ids)} tokens and max_tokens is {params.max_tokens}, together "
             f"{len(token_ids) + params.max_tokens}; max_model_len is {max_model_len} (lower max_tokens to {room}, or "
-            "raise Engine(max_model_len=...) where the model's context is longer)"
+            "raise max_model_len where the model's context is longer)"
         )
     max_tokens = room if params.max_tokens is None else params.max_tokens
     if params.min_tokens > max_tokens:

@@ -122,7 +122,7 @@ def test_prompt_is_refused(prompt: Any, words: str, engine: Engine) -> None:
 @pytest.mark.parametrize(
     ("num_tokens", "max_tokens", "words"),
     [
-        (512, None, "512 tokens; max_model_len shorten raise Engine(max_model_len=...)"),
+        (512, None, "512 tokens; max_model_len shorten raise max_model_len"),
         (513, 1, "513 512 shorten"),
         (100_000, None, "100000 512"),
         (511, 2, "511 2, 513; 512 max_tokens to 1,"),

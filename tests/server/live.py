@@ -26,6 +26,7 @@ class LiveServer:
         settings: as it was started with.
         service: its parts.
         port, url, ws_url: where it listens.
+        waited_for: how many requests its end waited for; empty where there were none.
     """
 
     def __init__(self, engine: AsyncEngine, settings: ServerSettings, *, send_buffer: int | None = None) -> None:
@@ -39,7 +40,8 @@ class LiveServer:
         self.ws_url = f"ws://127.0.0.1:{self.port}"
         self._connections: list[socket.socket] = []
         self._started = threading.Event()
-        self.server = Server(engine, settings, self._started.set)
+        self.waited_for: list[int] = []
+        self.server = Server(engine, settings, self._started.set, self.waited_for.append)
         self.service: Service = self.server.config.app.state.service  # type: ignore[union-attr]
         self.thread = threading.Thread(target=self.server.run, kwargs={"sockets": [self._listener]}, daemon=True)
         self.thread.start()

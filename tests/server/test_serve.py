@@ -61,6 +61,7 @@ def test_streams_may_finish_while_nothing_new_is_taken(live_server: Any, beside:
         assert text.count(b"data: ") == 51
         assert b"data: [DONE]" in text and b"error" not in text
         server.join()
+    assert server.waited_for == [1]
 
 
 def test_streams_that_take_too_long_end_with_an_error_event(live_server: Any, beside: Any, halt: Any) -> None:
@@ -147,7 +148,7 @@ def test_port_that_another_server_took_meanwhile_is_an_error_that_says_so(async_
         with bind(settings(port=port)) as second:  # neither listens yet
             first.listen()
             with pytest.raises(ConfigError, match=f"cannot listen on 127.0.0.1, port {port}"):
-                Server(async_engine(), settings(port=port), on_started=pytest.fail).run(sockets=[second])
+                Server(async_engine(), settings(port=port), pytest.fail, pytest.fail).run(sockets=[second])
 
 
 @pytest.mark.parametrize("host", ["256.1.1.1", "no.such.host.invalid"])

