@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import platform
-from collections.abc import Callable, Iterator
+import subprocess
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
@@ -25,6 +29,7 @@ from inferneo_core.errors import BackendUnavailable
 from inferneo_core.ops.cpu_ops import CpuOps
 from inferneo_core.ops.torch_ops import TorchOps
 
+Build = Callable[[str, Sequence[str], Sequence[Path], Path], None]
 MakeBatch = Callable[..., SamplingBatch]
 MakeLogits = Callable[..., Tensor]
 
@@ -48,6 +53,21 @@ def cpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> CpuO
 def isa(cpu: CpuOps) -> str:
     """Its name; whatever runs on CpuOps runs on it."""
     return cpu.isa
+
+
+@pytest.fixture(scope="session")
+def build() -> Build:
+    """build(compiler, flags, sources, program) compiles C++ files side by side and links them."""
+
+    def make(compiler: str, flags: Sequence[str], sources: Sequence[Path], program: Path) -> None:
+        objects = [f"{program}.{index}.o" for index in range(len(sources))]
+        commands = [[compiler, *flags, "-c", str(path), "-o", out] for path, out in zip(sources, objects, strict=True)]
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            for _ in pool.map(lambda command: subprocess.run(command, check=True), commands):
+                pass
+        subprocess.run([compiler, *flags, *objects, "-o", str(program)], check=True)
+
+    return make
 
 
 @pytest.fixture(scope="session")

@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -24,7 +25,7 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module", params=PROGRAMS)
-def programs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+def programs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, build: Any) -> tuple[Path, Path]:
     """One of the C++ tests, for this machine and for ARM.
 
     Without a cross-compiler and an emulator it is skipped, unless INFERNEO_REQUIRE_AARCH64 is set.
@@ -33,10 +34,10 @@ def programs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
         reason = "needs c++, aarch64-linux-gnu-g++ and qemu-aarch64 (Debian: g++-aarch64-linux-gnu, qemu-user-static)"
         pytest.fail(reason) if os.environ.get("INFERNEO_REQUIRE_AARCH64") else pytest.skip(reason)
     directory = tmp_path_factory.mktemp("native")
-    sources = [str(path) for path in (CSRC / "passes.cpp", *PROGRAMS[request.param])]
+    sources = (CSRC / "passes.cpp", *PROGRAMS[request.param])
     here, there = directory / "here", directory / "there"
-    subprocess.run([COMPILER, *FLAGS, *sources, "-o", str(here)], check=True)
-    subprocess.run([CROSS_COMPILER, *FLAGS, "-static", *sources, "-o", str(there)], check=True)
+    build(COMPILER, FLAGS, sources, here)
+    build(CROSS_COMPILER, (*FLAGS, "-static"), sources, there)
     return here, there
 
 

@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -27,14 +28,13 @@ SOURCES = (
 
 
 @pytest.fixture(scope="module")
-def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def program(tmp_path_factory: pytest.TempPathFactory, build: Any) -> Path:
     if COMPILER is None:
         pytest.skip("no C++ compiler")
     path = tmp_path_factory.mktemp("native") / "linear_test"
     flags = ["-std=c++20", "-O1", "-g", "-Wall", "-Wextra", "-Werror", "-ffp-contract=off", "-fno-trapping-math"]
     sanitizers = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-pthread"]
-    sources = [str(CSRC / name) for name in SOURCES]
-    subprocess.run([COMPILER, *flags, *sanitizers, *sources, "-o", str(path)], check=True)
+    build(COMPILER, (*flags, *sanitizers), [CSRC / name for name in SOURCES], path)
     return path
 
 

@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -32,13 +33,12 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module", params=["address,undefined", "thread"])
-def program(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def program(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, build: Any) -> Path:
     if COMPILER is None:
         pytest.skip("no C++ compiler")
     path = tmp_path_factory.mktemp("native") / "attention_test"
     sanitizers = [f"-fsanitize={request.param}", "-fno-sanitize-recover=all"]
-    sources = [str(CSRC / name) for name in SOURCES]
-    subprocess.run([COMPILER, *FLAGS, *sanitizers, *sources, "-o", str(path)], check=True)
+    build(COMPILER, (*FLAGS, *sanitizers), [CSRC / name for name in SOURCES], path)
     return path
 
 
