@@ -1,6 +1,6 @@
 // Runs the sampler without torch, for the sanitizers: tests/ops/test_sample_native.py builds it with ASan and UBSan and
-// runs it once an instruction set. Every array has exactly the size it is said to have, so that one element too far is
-// an error.
+// runs it once an instruction set, tests/ops/test_cpu_aarch64.py on another processor. Every array has exactly the size
+// it is said to have, so that one element too far is an error.
 #include "sampler.h"
 
 #include <cmath>
@@ -10,6 +10,8 @@
 #include <random>
 #include <thread>
 #include <vector>
+
+#include "cpu/test_numbers.h"
 
 namespace inferneo {
 namespace {
@@ -45,12 +47,11 @@ void check_philox() {
 }
 
 template <class T>
-void check_vocabulary(int64_t vocab_size, float scale, std::mt19937& random) {
-  std::normal_distribution<float> normal;
+void check_vocabulary(int64_t vocab_size, float scale, std::mt19937& random, Checksum& checksum) {
   const auto logits = std::make_unique<T[]>(vocab_size);
   const auto counts = std::make_unique<int32_t[]>(vocab_size);
   for (int64_t i = 0; i < vocab_size; ++i) {
-    const float x = normal(random) * scale;
+    const float x = draw_number(random) * scale;
     logits[i] = from_float<T>(random() % 16 == 0 ? -INFINITY : x);
     counts[i] = random() % 4;
   }
@@ -77,19 +78,24 @@ void check_vocabulary(int64_t vocab_size, float scale, std::mt19937& random) {
     const ScoreOutput score = score_row(logits.get(), vocab_size, id, num_top, isa, {3, run_on_threads, nullptr}, two,
                                         top_ids.get(), top_logprobs.get());
     expect(id < 0 || (score.rank >= 1 && score.rank <= vocab_size), "the rank is in the vocabulary");
+    checksum.add(&id, 1);
+    checksum.add(top_ids.get(), num_top);
+    checksum.add(top_logprobs.get(), num_top);
   }
 }
 
 int run() {
   check_philox();
   std::mt19937 random(1);
+  Checksum checksum;
   for (const int64_t vocab_size : {1, 2, 5, 63, 64, 65, 123, 1000, 40001}) {
     for (const float scale : {0.0f, 3.0f, 1e38f}) {
-      check_vocabulary<float>(vocab_size, scale, random);
-      check_vocabulary<BFloat16>(vocab_size, scale, random);
+      check_vocabulary<float>(vocab_size, scale, random, checksum);
+      check_vocabulary<BFloat16>(vocab_size, scale, random, checksum);
     }
   }
   std::puts(isa_name(cpu_isa()));
+  checksum.print();
   return 0;
 }
 

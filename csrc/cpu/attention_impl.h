@@ -19,6 +19,7 @@ constexpr int64_t kColumns = 4, kRows = 6;  // vectors and rows of a micro-kerne
 #else
 constexpr int64_t kColumns = 2, kRows = kLanes == 8 ? 4 : 3;  // or 16, with one to spare
 #endif
+static_assert(kRows <= kRowBlock);  // attention_scratch has room for so many
 
 // f(count as a constant), 1 <= count <= kMost.
 template <int64_t kMost, class F>

@@ -5,9 +5,7 @@
 #include <cinttypes>
 #include <cstdint>
 #include <cstdio>
-#include <cstring>
 #include <random>
-#include <vector>
 
 namespace inferneo {
 
@@ -16,15 +14,13 @@ inline float draw_number(std::mt19937& random) {
   return static_cast<float>(static_cast<int32_t>(static_cast<uint32_t>(random()))) * 0x1p-30f;
 }
 
-// FNV-1a of the bits of all results. Source: http://www.isthe.com/chongo/tech/comp/fnv/
+// FNV-1a of the bytes of all results. Source: http://www.isthe.com/chongo/tech/comp/fnv/
 class Checksum {
  public:
-  void add(const std::vector<float>& values) {
-    for (const float value : values) {
-      uint32_t bits;
-      std::memcpy(&bits, &value, sizeof bits);
-      for (int i = 0; i < 4; ++i) hash_ = (hash_ ^ (bits >> 8 * i & 255)) * 0x100000001b3u;
-    }
+  template <class T>
+  void add(const T* values, int64_t count) {
+    const auto* const bytes = reinterpret_cast<const uint8_t*>(values);
+    for (size_t i = 0; i < count * sizeof(T); ++i) hash_ = (hash_ ^ bytes[i]) * 0x100000001b3u;
   }
   void print() const { std::printf("%016" PRIx64 "\n", hash_); }
 

@@ -64,8 +64,7 @@ def serve(
             announce(line)
 
     def on_draining(num_requests: int) -> None:
-        seconds = f"{settings.shutdown_seconds:g} s"
-        announce(f"Waiting up to {seconds} for {num_requests} requests to end (Ctrl-C again ends them at once)")
+        announce(describe_end(settings, num_requests))
 
     Server(engine, settings, on_started, on_draining).run(sockets=[listener])
 
@@ -104,7 +103,6 @@ class Server(uvicorn.Server):
         super().__init__(config)
         self._engine = engine
         self._settings = settings
-        self._shutdown_seconds = settings.shutdown_seconds
         self._lifecycle: Lifecycle = app.state.service.lifecycle
         self._on_started = on_started
         self._on_draining = on_draining
@@ -127,13 +125,19 @@ class Server(uvicorn.Server):
             server.close()  # takes no new connection while the old ones end
         if self._lifecycle.num_requests:
             self._on_draining(self._lifecycle.num_requests)
-        await self._lifecycle.drain(self._shutdown_seconds, hurry=lambda: self.force_exit)
+        await self._lifecycle.drain(self._settings.shutdown_seconds, hurry=lambda: self.force_exit)
         await super().shutdown(sockets)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """The first signal asks for the end, a second insists. Not raised again: an end that was asked for is none."""
         self.force_exit = self.should_exit
         self.should_exit = True
+
+
+def describe_end(settings: ServerSettings, num_requests: int) -> str:
+    """One line that says what the server's end waits for."""
+    requests = "1 request" if num_requests == 1 else f"{num_requests} requests"
+    return f"Waiting up to {settings.shutdown_seconds:g} s for {requests} to end (Ctrl-C again ends at once)"
 
 
 def describe_address(settings: ServerSettings, port: int) -> Iterator[str]:

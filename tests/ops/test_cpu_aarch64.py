@@ -49,9 +49,8 @@ def test_bits_are_those_of_this_machine(programs: tuple[Path, Path], isa: str) -
     command = [EMULATOR, "-E", f"INFERNEO_CPU_ISA={isa}", there]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
-    name, *checksums = result.stdout.splitlines()
-    assert name == isa
-    assert checksums == expected.stdout.splitlines()[1:]
+    _, checksum = expected.stdout.splitlines()
+    assert result.stdout.splitlines() == [isa, checksum]
 
 
 def test_a_processor_without_dot_products_runs_plain_kernels(programs: tuple[Path, Path]) -> None:
@@ -59,4 +58,5 @@ def test_a_processor_without_dot_products_runs_plain_kernels(programs: tuple[Pat
     here, there = programs
     expected = subprocess.run([here], capture_output=True, text=True, check=True)
     result = subprocess.run([EMULATOR, "-cpu", "cortex-a53", there], capture_output=True, text=True, check=True)
-    assert result.stdout.splitlines() == ["scalar", *expected.stdout.splitlines()[1:]]
+    _, checksum = expected.stdout.splitlines()
+    assert result.stdout.splitlines() == ["scalar", checksum]

@@ -18,7 +18,7 @@ from websockets.exceptions import ConnectionClosedError
 from websockets.sync.client import connect
 
 from inferneo.cli import app
-from inferneo.server.serve import Server, bind, describe_address
+from inferneo.server.serve import Server, bind, describe_address, describe_end
 from inferneo.server.settings import ServerSettings
 from inferneo_core.errors import ConfigError
 
@@ -175,6 +175,12 @@ def test_other_addresses_are_warned_of() -> None:
     assert "WITHOUT an API key" in warning
     _, warning = describe_address(settings(host="0.0.0.0", api_key="secret"), 8000)
     assert "WITHOUT" not in warning and "secret" not in warning
+
+
+def test_end_is_announced_with_what_it_waits_for() -> None:
+    line = describe_end(settings(shutdown_seconds=2.5), 1)
+    assert line == "Waiting up to 2.5 s for 1 request to end (Ctrl-C again ends at once)"
+    assert "10 s for 3 requests" in describe_end(settings(), 3)
 
 
 # The command
