@@ -3,11 +3,13 @@
 // processor. Every array has exactly the size it is said to have, so that one element too far is an error.
 #include "attention.h"
 
+#include <chrono>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
 #include <memory>
 #include <random>
+#include <thread>
 #include <vector>
 
 #include "test_numbers.h"
@@ -38,6 +40,34 @@ void check_team(int lanes) {
   std::atomic<int> calls{0};
   run_lanes(threads, threads.count, [&](int) { ++calls; });
   expect(calls == lanes, "run_lanes reaches every lane");
+}
+
+void check_share_out(int lanes) {
+  Team team(lanes);
+  for (const int64_t count : {0, 1, 3, 64}) {
+    std::vector<int> times(count, 0);
+    team.run([&](Lane lane) {
+      for (int round = 1; round <= 50; ++round) {
+        team.share_out(count, lane, [&](int64_t i) { ++times[i]; });
+        team.barrier(lane);
+        for (const int n : times) expect(n == round, "each item falls to one lane, once");
+        team.barrier(lane);
+      }
+    });
+  }
+  std::atomic<int64_t> num_done{0};
+  constexpr int64_t kCount = 24;
+  team.run([&](Lane lane) {
+    team.share_out(kCount, lane, [&](int64_t i) {
+      const auto deadline = std::chrono::steady_clock::now() + std::chrono::seconds(60);
+      while (i == 0 && num_done < kCount - 1 && lanes > 1) {
+        std::this_thread::yield();
+        expect(std::chrono::steady_clock::now() < deadline, "others do what a lane that is held up has left");
+      }
+      ++num_done;
+    });
+  });
+  expect(num_done == kCount, "every item is done");
 }
 
 struct Case {
@@ -90,7 +120,10 @@ std::vector<float> attend(const Case& c, CacheType type, int lanes) {
 }
 
 int run() {
-  for (const int lanes : {1, 2, 5}) check_team(lanes);
+  for (const int lanes : {1, 2, 5}) {
+    check_team(lanes);
+    check_share_out(lanes);
+  }
   const Case cases[] = {
       {{1, 1, 70, 3}, {1, 600, 300, 257}, 9, 3, 64, 16},
       {{1, 5}, {256, 512}, 6, 2, 14, 5},

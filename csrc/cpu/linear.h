@@ -16,6 +16,7 @@
 namespace inferneo {
 
 constexpr int kQuad = 4;  // tokens that lie together in prepared activations
+constexpr int64_t quads_in(int64_t tokens) { return (tokens + kQuad - 1) / kQuad; }
 
 // Splits of the output rows should fall on multiples of this (from each segment's first row); others are right, but
 // compute the rows of the group in vain.
@@ -46,9 +47,10 @@ struct RowsTask;
 
 // The kernels of one instruction set; chosen once, then passed along.
 struct LinearKernels {
-  void (*quantize)(const float* x, int64_t rows, int64_t columns, QuantizedBlock* out, Lane lane);
+  // Of these quads of a step's `rows` rows; x begins with the first of them, `out` and `units` with the step's.
+  void (*quantize)(const float* x, int64_t rows, int64_t columns, QuantizedBlock* out, Share quads);
   // units: [quads, kQuad]
-  void (*quantize_pairs)(const float* x, int64_t rows, int64_t columns, PairBlock* out, float* units, Lane lane);
+  void (*quantize_pairs)(const float* x, int64_t rows, int64_t columns, PairBlock* out, float* units, Share quads);
   void (*rows[kNumFormats])(const RowsTask& task);
 };
 
@@ -58,14 +60,19 @@ const LinearKernels& linear_kernels(Isa isa);
 // Bytes that `rows` rows of activations take in the form that `linear` reads; 64-byte aligned memory.
 int64_t prepared_bytes(const PackedLinear& linear, int64_t rows);
 
-// This lane's share of bringing x [rows, in_features] into that form. The others' shares must be done, too, before
-// linear_rows. One lane alone: Lane{0, 1}.
+// Brings some quads of `rows` rows into that form. x [theirs, in_features] begins with the first of them, `out` with
+// the first of all. All of them must be done before linear_rows.
 void prepare_rows(const LinearKernels& kernels, const PackedLinear& linear, const float* x, int64_t rows, void* out,
-                  Lane lane);
+                  Share quads);
 
-// out[t, row] = the product (+ bias) (+ residual[t, row]) for t < num_tokens and row in [row_begin, row_end).
-// out and residual have `stride` floats from token to token, and point at row 0; they may be the same.
+// Tokens whose activations stay in the cache while weights pass by: a product with more should go slab by slab. A
+// multiple of kQuad.
+int64_t slab_tokens(const PackedLinear& linear);
+
+// out[t, row] = the product (+ bias) (+ residual[t, row]) for t in `tokens`, of the num_tokens that were prepared, and
+// row in `rows`. tokens.begin is a multiple of kQuad. out and residual have `stride` floats from token to token, and
+// point at row 0 of token 0; they may be the same.
 void linear_rows(const LinearKernels& kernels, const PackedLinear& linear, const void* prepared, int64_t num_tokens,
-                 int64_t row_begin, int64_t row_end, float* out, int64_t stride, const float* residual = nullptr);
+                 Share tokens, Share rows, float* out, int64_t stride, const float* residual = nullptr);
 
 }  // namespace inferneo

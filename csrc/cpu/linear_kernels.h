@@ -109,14 +109,12 @@ INFERNEO_INLINE void add_nibbles(const uint8_t* codes, int first, Activations x,
   }
 }
 
-// f(a quad, its first row of x, how many tokens it has) for this lane's share of the quads. f is inlined twice, so that
-// a whole quad's count is a constant.
+// f(a quad, how many tokens it has) for each of these. f is inlined twice, so that a whole quad's count is a constant.
 template <class F>
-INFERNEO_INLINE void for_quads(int64_t rows, Lane lane, F f) {
-  const Share quads = share((rows + kQuad - 1) / kQuad, 1, lane);
+INFERNEO_INLINE void for_quads(int64_t rows, Share quads, F f) {
   const int64_t end = rows / kQuad < quads.end ? rows / kQuad : quads.end;
-  for (int64_t quad = quads.begin; quad < end; ++quad) f(quad, quad * kQuad, kQuad);
-  if (end < quads.end) f(end, end * kQuad, static_cast<int>(rows - end * kQuad));
+  for (int64_t quad = quads.begin; quad < end; ++quad) f(quad, kQuad);
+  if (end < quads.end) f(end, static_cast<int>(rows - end * kQuad));
 }
 
 // The codes of each block of a quad go to codes(block); put(block, the largest magnitudes, the sums of the codes).
@@ -133,11 +131,12 @@ INFERNEO_INLINE void quantize_quad(const float* x, int64_t columns, int count, C
 }
 
 template <class V>
-void quantize(const float* x, int64_t rows, int64_t columns, QuantizedBlock* out, Lane lane) {
-  for_quads(rows, lane, [=](int64_t quad, int64_t row, int count) INFERNEO_INLINE_LAMBDA {
+void quantize(const float* x, int64_t rows, int64_t columns, QuantizedBlock* out, Share quads) {
+  for_quads(rows, quads, [=](int64_t quad, int count) INFERNEO_INLINE_LAMBDA {
+    const float* const first = x + (quad - quads.begin) * kQuad * columns;
     QuantizedBlock* const blocks = out + quad * blocks_in(columns);
     const auto codes = [=](int64_t b) -> auto& { return blocks[b].codes; };
-    quantize_quad<V>(x + row * columns, columns, count, codes, [=](int64_t b, QuadFloats largest, QuadSums sums) {
+    quantize_quad<V>(first, columns, count, codes, [=](int64_t b, QuadFloats largest, QuadSums sums) {
       const QuadFloats scale = largest / 127.0f;
       store_as(blocks[b].scale, scale);
       store_as(blocks[b].sum, scale * __builtin_convertvector(sums.all, QuadFloats));
@@ -203,6 +202,9 @@ INFERNEO_INLINE void add_block(const uint8_t* unit, int nth, int first, const Qu
     INFERNEO_UNROLL
     for (int j = 0; j < 8; ++j) {
       const auto vector = V::load(codes + 4 * first + 64 * j);
+      // One token waits for memory: it is read in order, else GCC takes a later line first, and the output head a tenth
+      // longer.
+      if constexpr (T == 1) asm volatile("" ::: "memory");
       for (int t = 0; t < T; ++t) head[t] = V::dot_bytes(head[t], vector, &act(t).codes[t % kQuad][4 * j]);
     }
   } else {
@@ -302,9 +304,8 @@ INFERNEO_INLINE void tile(const RowsTask& task, int64_t group, int first, int64_
   }
 }
 
-// A slab of tokens, whose activations stay in the cache while the weights pass by once.
 template <class V, Format F>
-INFERNEO_INLINE void slab(const RowsTask& task, int64_t begin, int64_t end) {
+void rows(const RowsTask& task) {
   constexpr int kTokens = is_paired(F) ? V::kPairTokens : V::kTokens;
   for (int64_t group = task.row_begin / kGroupRows; group * kGroupRows < task.row_end; ++group) {
     for (int first = 0; first < kGroupRows; first += V::kRows) {
@@ -312,8 +313,8 @@ INFERNEO_INLINE void slab(const RowsTask& task, int64_t begin, int64_t end) {
         tile<V, F, 1>(task, group, first, 0);
         continue;
       }
-      for (int64_t token = begin; token < end;) {
-        const int count = next_tile(end - token, kTokens);
+      for (int64_t token = 0; token < task.num_tokens;) {
+        const int count = next_tile(task.num_tokens - token, kTokens);
         if constexpr (kTokens >= 12) {
           if (count == 12) tile<V, F, 12>(task, group, first, token);
         }
@@ -324,14 +325,6 @@ INFERNEO_INLINE void slab(const RowsTask& task, int64_t begin, int64_t end) {
         token += count;
       }
     }
-  }
-}
-
-template <class V, Format F>
-void rows(const RowsTask& task) {
-  const int64_t step = slab_tokens(task);
-  for (int64_t begin = 0; begin < task.num_tokens; begin += step) {
-    slab<V, F>(task, begin, begin + step < task.num_tokens ? begin + step : task.num_tokens);
   }
 }
 

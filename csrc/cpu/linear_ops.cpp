@@ -164,10 +164,14 @@ Tensor packed_linear(const Tensor& x, const Tensor& packed, int64_t lanes) {
       for (int64_t i = begin; i < end; ++i) f(Lane{static_cast<int>(i), static_cast<int>(lanes)});
     });
   };
-  for_lanes([&](Lane lane) { prepare_rows(kernels, linear, data<float>(rows), num_tokens, prepared, lane); });
   for_lanes([&](Lane lane) {
-    const Share share_of_rows = share(linear.out_features, row_granule, lane);
-    linear_rows(kernels, linear, prepared, num_tokens, share_of_rows.begin, share_of_rows.end, y, linear.out_features);
+    const Share quads = share(quads_in(num_tokens), 1, lane);
+    const float* first = data<float>(rows) + quads.begin * kQuad * linear.in_features;
+    prepare_rows(kernels, linear, first, num_tokens, prepared, quads);
+  });
+  for_lanes([&](Lane lane) {
+    const Share mine = share(linear.out_features, row_granule, lane);
+    linear_rows(kernels, linear, prepared, num_tokens, {0, num_tokens}, mine, y, linear.out_features);
   });
   return out;
 }

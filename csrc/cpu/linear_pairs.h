@@ -110,9 +110,10 @@ INFERNEO_INLINE void quantize_quad_pairs(const float* x, int64_t columns, int co
 }
 
 template <class V>
-void quantize_pairs(const float* x, int64_t rows, int64_t columns, PairBlock* out, float* units, Lane lane) {
-  for_quads(rows, lane, [=](int64_t quad, int64_t row, int count) INFERNEO_INLINE_LAMBDA {
+void quantize_pairs(const float* x, int64_t rows, int64_t columns, PairBlock* out, float* units, Share quads) {
+  for_quads(rows, quads, [=](int64_t quad, int count) INFERNEO_INLINE_LAMBDA {
+    const float* const first = x + (quad - quads.begin) * kQuad * columns;
     const int num_units = count == 1 && rows == 1 ? 1 : kQuad;  // one row alone has one unit
-    quantize_quad_pairs<V>(x + row * columns, columns, count, out + quad * pairs_in(columns), units + row, num_units);
+    quantize_quad_pairs<V>(first, columns, count, out + quad * pairs_in(columns), units + quad * kQuad, num_units);
   });
 }

@@ -14,7 +14,6 @@ namespace inferneo {
 // model's layers take 2.95 ms with 16 KiB, 4.5 ms with 2 KiB; 8 KiB is 2% faster than 16.
 constexpr int64_t kPrefetchNear = 1024;
 constexpr int64_t kPrefetchFar = 8192;
-constexpr int64_t kSlabBytes = int64_t{384} << 10;  // of activations: they share a 1 MiB L2 with the weights
 
 // A number of each of four tokens.
 typedef float QuadFloats __attribute__((vector_size(16)));
@@ -36,12 +35,12 @@ INFERNEO_INLINE void store_as(T (&out)[kQuad], Value value) {
 constexpr float kRoundCode = 12582912.0f;
 constexpr int32_t kSmallestLargest = 0x0da24260;
 
-// Rows [row_begin, row_end) of one segment, counted from the segment's first row.
+// Rows [row_begin, row_end) of one segment, counted from the segment's first row, for some tokens.
 struct RowsTask {
   const uint8_t* groups;
   const uint8_t* steps;  // bf16 [rows of the groups], of a format in pairs; else null
   int64_t columns;
-  // The activations, in the form that the segment's format reads; the others are null.
+  // Their activations, in the form that the segment's format reads; the others are null.
   const QuantizedBlock* quantized;  // [quads, blocks]
   const PairBlock* pairs;           // [quads, pairs of blocks]
   const float* units;               // of pairs: [quads, kQuad]
@@ -74,15 +73,6 @@ INFERNEO_INLINE int next_tile(int64_t left, int most) {
   if (quads <= most_quads) return static_cast<int>(quads * kQuad);
   if (quads < 2 * most_quads) return static_cast<int>((quads + 1) / 2 * kQuad);
   return most;
-}
-
-// Tokens whose activations fill kSlabBytes: a multiple of 24, so that slabs fall apart into whole tiles.
-INFERNEO_INLINE int64_t slab_tokens(const RowsTask& task) {
-  const int64_t quad_bytes = task.quantized != nullptr ? blocks_in(task.columns) * int64_t{sizeof(QuantizedBlock)}
-                             : task.pairs != nullptr   ? pairs_in(task.columns) * int64_t{sizeof(PairBlock)}
-                                                       : task.columns * int64_t{sizeof(float)} * kQuad;
-  const int64_t tokens = kSlabBytes * kQuad / quad_bytes / 24 * 24;
-  return tokens < 24 ? 24 : tokens;
 }
 
 }  // namespace inferneo

@@ -3,6 +3,7 @@
 // has exactly the size it is said to have.
 #include "linear.h"
 
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -67,17 +68,25 @@ Weight make_weight(Format format, int64_t num_rows, int64_t columns, std::mt1993
   return weight;
 }
 
-// The product by `lanes` lanes, one after another.
+// The product by `lanes` lanes, one after another; of tokens slab by slab if there is more than one.
 std::vector<float> product(const LinearKernels& kernels, const PackedLinear& linear, const std::vector<float>& x,
                            int lanes, const std::vector<float>& residual) {
   const auto num_tokens = static_cast<int64_t>(x.size()) / linear.in_features;
   const Bytes prepared = aligned_bytes(prepared_bytes(linear, num_tokens));
   std::vector<float> out = residual;
-  for (int i = 0; i < lanes; ++i) prepare_rows(kernels, linear, x.data(), num_tokens, prepared.get(), {i, lanes});
+  const int64_t slab = lanes == 1 ? num_tokens : lanes * kQuad;
+  for (int i = 0; i < lanes; ++i) {
+    const Share quads = share(quads_in(num_tokens), 1, {i, lanes});
+    const float* first = x.data() + quads.begin * kQuad * linear.in_features;
+    prepare_rows(kernels, linear, first, num_tokens, prepared.get(), quads);
+  }
   for (int i = 0; i < lanes; ++i) {
     const Share rows = share(linear.out_features, lanes == 3 ? 1 : row_granule, {i, lanes});
-    linear_rows(kernels, linear, prepared.get(), num_tokens, rows.begin, rows.end, out.data(), linear.out_features,
-                out.data());
+    for (int64_t begin = 0; begin < num_tokens; begin += slab) {
+      const Share tokens{begin, std::min(begin + slab, num_tokens)};
+      linear_rows(kernels, linear, prepared.get(), num_tokens, tokens, rows, out.data(), linear.out_features,
+                  out.data());
+    }
   }
   return out;
 }

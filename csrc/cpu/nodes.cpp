@@ -6,6 +6,7 @@ namespace inferneo {
 namespace {
 
 constexpr int64_t kFloat = sizeof(float);
+constexpr int64_t kRowsOfSilu = 64;  // of gate, and as many of up, that a piece has at least
 
 float* floats(std::byte* bytes) { return reinterpret_cast<float*>(bytes); }
 
@@ -18,70 +19,103 @@ void EmbedNode::run(const Frame& frame, int64_t, Lane lane) const {
   unpack_rows(weight_, frame.step.token_ids + tokens.begin, tokens.end - tokens.begin, out);
 }
 
-// prepare: the normed rows, then the prepared ones.
-int64_t ProductNode::prepare_bytes(int64_t rows) const {
-  return round_up(rows * weight_.in_features * kFloat, 64) + round_up(prepared_bytes(weight_, rows), 64);
+// A lane norms one quad after the other, where it quantises it.
+int64_t ProductNode::normed_bytes(int64_t rows) const {
+  if (norm_weight_ == nullptr) return 0;
+  return round_up(std::min<int64_t>(rows, kQuad) * weight_.in_features * kFloat, 64);
 }
 
 int64_t ProductNode::shared_bytes(const StepInput& step) const {
-  return num_rows(step) > 1 ? prepare_bytes(num_rows(step)) : 0;
+  return num_rows(step) > 1 ? round_up(prepared_bytes(weight_, num_rows(step)), 64) : 0;
 }
 
-int64_t ProductNode::lane_bytes(const StepInput& step) const { return num_rows(step) == 1 ? prepare_bytes(1) : 0; }
+int64_t ProductNode::lane_bytes(const StepInput& step) const {
+  const int64_t rows = num_rows(step);
+  return normed_bytes(rows) + (rows == 1 ? round_up(prepared_bytes(weight_, 1), 64) : 0);
+}
 
 const void* ProductNode::prepare(const Frame& frame, const float* x, const int64_t* rows, Lane lane) const {
-  const int64_t count = num_rows(frame.step), width = weight_.in_features;
-  const bool alone = count == 1;
-  std::byte* const scratch = alone ? frame.scratch(lane) : frame.shared;
-  const Lane preparer = alone ? Lane{0, 1} : lane;
-  const float* source = x;
-  if (norm_weight_ != nullptr) {
-    const Share mine = share(count, 1, preparer);
-    for (int64_t i = mine.begin; i < mine.end; ++i) {
-      const float* row = x + (rows == nullptr ? i : rows[i]) * width;
-      frame.rows.rms_norm(row, norm_weight_, eps_, width, floats(scratch) + i * width);
-    }
-    source = floats(scratch);
-    if (!alone) frame.team.barrier(lane);
+  const int64_t count = num_rows(frame.step);
+  std::byte* const scratch = frame.scratch(lane);
+  if (count == 1) {
+    std::byte* const out = scratch + normed_bytes(1);
+    prepare_quad(frame, x, rows, scratch, out, 0);
+    return out;
   }
-  std::byte* const out = scratch + round_up(count * width * kFloat, 64);
-  prepare_rows(frame.linear, weight_, source, count, out, preparer);
-  if (!alone) frame.team.barrier(lane);
-  return out;
+  frame.team.share_out(quads_in(count), lane,
+                       [&](int64_t quad) { prepare_quad(frame, x, rows, scratch, frame.shared, quad); });
+  frame.team.barrier(lane);
+  return frame.shared;
 }
 
-void ProductNode::multiply(const Frame& frame, const void* prepared, int64_t begin, int64_t end, float* out,
-                           int64_t stride, const float* residual) const {
-  if (begin < end) {
-    linear_rows(frame.linear, weight_, prepared, num_rows(frame.step), begin, end, out, stride, residual);
+void ProductNode::prepare_quad(const Frame& frame, const float* x, const int64_t* rows, std::byte* scratch,
+                               std::byte* out, int64_t quad) const {
+  const int64_t count = num_rows(frame.step), width = weight_.in_features;
+  const int64_t first = quad * kQuad, end = std::min(first + kQuad, count);
+  const float* source = x + first * width;
+  if (norm_weight_ != nullptr) {
+    float* const normed = floats(scratch);
+    for (int64_t i = first; i < end; ++i) {
+      const float* row = x + (rows == nullptr ? i : rows[i]) * width;
+      frame.rows.rms_norm(row, norm_weight_, eps_, width, normed + (i - first) * width);
+    }
+    source = normed;
   }
+  prepare_rows(frame.linear, weight_, source, count, out, {quad, quad + 1});
+}
+
+void ProductNode::multiply(const Frame& frame, const void* prepared, Share tokens, Share rows, float* out,
+                           int64_t stride, const float* residual) const {
+  if (rows.begin < rows.end) {
+    linear_rows(frame.linear, weight_, prepared, num_rows(frame.step), tokens, rows, out, stride, residual);
+  }
+}
+
+int64_t ProductNode::rows_at_once(int64_t num_tokens, int64_t rows, int64_t granule, int num_lanes) const {
+  constexpr int64_t kProducts = 1 << 17;  // 0.7 us: few lanes wait for one that begins such a piece last
+  const bool alone = num_tokens == 1;     // bound by memory, which is read best from end to end
+  const int64_t at_once = alone ? (rows - 1) / num_lanes : kProducts / (weight_.in_features * num_tokens);
+  return std::min(round_up(at_once + 1, granule), rows);
+}
+
+template <class F>
+void ProductNode::share_product(const Frame& frame, Lane lane, int64_t rows, int64_t granule, F f) const {
+  const int64_t tokens = num_rows(frame.step), slab = slab_tokens(weight_);
+  const int64_t at_once = rows_at_once(tokens, rows, granule, lane.count);
+  const int64_t pieces = (rows + at_once - 1) / at_once, slabs = (tokens + slab - 1) / slab;
+  frame.team.share_out(slabs * pieces, lane, [&](int64_t item) {
+    const int64_t token = item / pieces * slab, row = item % pieces * at_once;
+    f(Share{token, std::min(token + slab, tokens)}, Share{row, std::min(row + at_once, rows)});
+  });
 }
 
 // Behind what prepare needs: the keys and values of all tokens, [num_tokens, 2 * num_kv_heads * head_dim].
 int64_t QkvRopeStoreNode::shared_bytes(const StepInput& step) const {
   const int64_t kv_width = 2 * cache_.num_kv_heads * cache_.head_dim;
-  return prepare_bytes(step.num_tokens) + step.num_tokens * kv_width * kFloat;
+  return ProductNode::shared_bytes(step) + step.num_tokens * kv_width * kFloat;
 }
 
 void QkvRopeStoreNode::run(const Frame& frame, int64_t, Lane lane) const {
-  constexpr int64_t kManyTokens = 16;
-  const int64_t num_tokens = frame.step.num_tokens;
-  const int64_t q_width = num_heads() * cache_.head_dim, kv_width = weight_.out_features - q_width;
+  constexpr int64_t kManyTokens = 16, kTokensAtOnce = 4;
+  const int64_t num_tokens = frame.step.num_tokens, num_rows = weight_.out_features;
+  const int64_t q_width = num_heads() * cache_.head_dim, kv_width = num_rows - q_width;
   const void* prepared = prepare(frame, frame.values[inputs[0]], nullptr, lane);
   // A lane makes whole heads and rotates them itself. Where heads do not divide evenly (15 by 2 lanes), many tokens are
   // worth a barrier more: the products are split by rows, what follows them by tokens.
   const bool is_split = num_tokens >= kManyTokens;
-  const Share rows = share(weight_.out_features, is_split ? row_granule : cache_.head_dim, lane);
   float* const q = frame.values[output];
-  float* const kv = floats(frame.shared + prepare_bytes(num_tokens)) - q_width;  // as if a row began with Q
-  multiply(frame, prepared, rows.begin, std::min(rows.end, q_width), q, q_width);
-  multiply(frame, prepared, std::max(rows.begin, q_width), rows.end, kv, kv_width);
-  if (is_split) {
-    frame.team.barrier(lane);
-    rotate_and_store(frame, q, kv, share(num_tokens, 1, lane), {0, weight_.out_features});
-  } else {
-    rotate_and_store(frame, q, kv, {0, num_tokens}, rows);
-  }
+  float* const kv = floats(frame.shared + ProductNode::shared_bytes(frame.step)) - q_width;  // as if a row began with Q
+  share_product(frame, lane, num_rows, is_split ? row_granule : cache_.head_dim, [&](Share tokens, Share rows) {
+    multiply(frame, prepared, tokens, {rows.begin, std::min(rows.end, q_width)}, q, q_width);
+    multiply(frame, prepared, tokens, {std::max(rows.begin, q_width), rows.end}, kv, kv_width);
+    if (!is_split) rotate_and_store(frame, q, kv, tokens, rows);
+  });
+  if (!is_split) return;
+  frame.team.barrier(lane);
+  frame.team.share_out((num_tokens + kTokensAtOnce - 1) / kTokensAtOnce, lane, [&](int64_t item) {
+    const int64_t begin = item * kTokensAtOnce;
+    rotate_and_store(frame, q, kv, {begin, std::min(begin + kTokensAtOnce, num_tokens)}, {0, num_rows});
+  });
 }
 
 // Rotates these rows of Q and K, whole heads, and brings those of K and V into the cache.
@@ -121,44 +155,42 @@ void AttentionNode::run(const Frame& frame, int64_t index, Lane lane) const {
 
 void LinearAddNode::run(const Frame& frame, int64_t, Lane lane) const {
   const void* prepared = prepare(frame, frame.values[inputs[0]], nullptr, lane);
-  const Share rows = share(weight_.out_features, row_granule, lane);
   const float* residual = inputs.size() > 1 ? frame.values[inputs[1]] : nullptr;
-  multiply(frame, prepared, rows.begin, rows.end, frame.values[output], weight_.out_features, residual);
+  const int64_t num_rows = weight_.out_features;
+  share_product(frame, lane, num_rows, row_granule, [&](Share tokens, Share rows) {
+    multiply(frame, prepared, tokens, rows, frame.values[output], num_rows, residual);
+  });
 }
 
-int64_t GateUpSiluNode::rows_at_once(int64_t num_tokens) const {
-  constexpr int64_t kFloatsAtOnce = 32768, kFewestRows = 64;
-  const int64_t rows = std::max(round_up(kFloatsAtOnce / num_tokens, row_granule), kFewestRows);
-  return std::min(rows, weight_.out_features / 2);
-}
-
-// Behind what prepare needs: the products with some rows of up.
+// Behind what prepare needs: a piece's products with rows of up.
 int64_t GateUpSiluNode::lane_bytes(const StepInput& step) const {
-  return ProductNode::lane_bytes(step) + step.num_tokens * rows_at_once(step.num_tokens) * kFloat;
+  const int64_t rows = rows_at_once(step.num_tokens, weight_.out_features / 2, kRowsOfSilu, 1);
+  return ProductNode::lane_bytes(step) + std::min(step.num_tokens, slab_tokens(weight_)) * rows * kFloat;
 }
 
 void GateUpSiluNode::run(const Frame& frame, int64_t, Lane lane) const {
-  const int64_t width = weight_.out_features / 2, num_tokens = frame.step.num_tokens;
-  const int64_t at_once = rows_at_once(num_tokens);
+  const int64_t width = weight_.out_features / 2;
   const void* prepared = prepare(frame, frame.values[inputs[0]], nullptr, lane);
-  const Share rows = share(width, row_granule, lane);
   float* const gate = frame.values[output];
   float* const up = floats(frame.scratch(lane) + ProductNode::lane_bytes(frame.step));
-  for (int64_t begin = rows.begin; begin < rows.end; begin += at_once) {
-    const int64_t end = std::min(begin + at_once, rows.end);
-    multiply(frame, prepared, begin, end, gate, width);
-    multiply(frame, prepared, width + begin, width + end, up - width - begin, at_once);  // row 0 would lie there
-    for (int64_t token = 0; token < num_tokens; ++token) {
-      frame.rows.silu_mul(gate + token * width + begin, up + token * at_once, end - begin);
+  share_product(frame, lane, width, kRowsOfSilu, [&](Share tokens, Share rows) {
+    const int64_t count = rows.end - rows.begin;
+    float* const up_of_first = up - tokens.begin * count - (width + rows.begin);  // as if all of up were there
+    multiply(frame, prepared, tokens, rows, gate, width);
+    multiply(frame, prepared, tokens, {width + rows.begin, width + rows.end}, up_of_first, count);
+    for (int64_t token = tokens.begin; token < tokens.end; ++token) {
+      frame.rows.silu_mul(gate + token * width + rows.begin, up + (token - tokens.begin) * count, count);
     }
-  }
+  });
 }
 
 void LmHeadNode::run(const Frame& frame, int64_t, Lane lane) const {
   if (frame.step.num_rows == 0) return;
   const void* prepared = prepare(frame, frame.values[inputs[0]], frame.step.rows, lane);
-  const Share rows = share(weight_.out_features, row_granule, lane);
-  multiply(frame, prepared, rows.begin, rows.end, frame.values[output], weight_.out_features);
+  const int64_t num_rows = weight_.out_features;
+  share_product(frame, lane, num_rows, row_granule, [&](Share tokens, Share rows) {
+    multiply(frame, prepared, tokens, rows, frame.values[output], num_rows);
+  });
 }
 
 }  // namespace inferneo

@@ -32,14 +32,22 @@ class ProductNode : public Node {
   virtual int64_t num_rows(const StepInput& step) const { return step.num_tokens; }
   // The normed, prepared activations. rows: which of x's rows, or null for the first num_rows.
   const void* prepare(const Frame& frame, const float* x, const int64_t* rows, Lane lane) const;
-  // Bytes of scratch memory that prepare needs; the rest of lane_bytes lies behind them.
-  int64_t prepare_bytes(int64_t rows) const;
-  void multiply(const Frame& frame, const void* prepared, int64_t begin, int64_t end, float* out, int64_t stride,
+  void multiply(const Frame& frame, const void* prepared, Share tokens, Share rows, float* out, int64_t stride,
                 const float* residual = nullptr) const;
+  // f(tokens, rows) for pieces of a product with `rows` rows, whole granules, slab by slab of its tokens, until the
+  // lanes have done them all.
+  template <class F>
+  void share_product(const Frame& frame, Lane lane, int64_t rows, int64_t granule, F f) const;
+  // The most rows of such a piece.
+  int64_t rows_at_once(int64_t num_tokens, int64_t rows, int64_t granule, int num_lanes) const;
 
   const PackedLinear& weight_;
 
  private:
+  int64_t normed_bytes(int64_t rows) const;
+  void prepare_quad(const Frame& frame, const float* x, const int64_t* rows, std::byte* scratch, std::byte* out,
+                    int64_t quad) const;
+
   const float* norm_weight_;  // null: no norm
   const float eps_;
 };
@@ -85,10 +93,6 @@ class GateUpSiluNode : public ProductNode {
   using ProductNode::ProductNode;
   void run(const Frame& frame, int64_t index, Lane lane) const override;
   int64_t lane_bytes(const StepInput& step) const override;
-
- private:
-  // Rows of gate, and as many of up, that are computed before they are combined: their products stay in the cache.
-  int64_t rows_at_once(int64_t num_tokens) const;
 };
 
 // Gives [num_rows, vocab_size]: the rows of x that StepInput.rows names.

@@ -94,6 +94,7 @@ void Team::start() {
   for (std::thread& worker : workers_) worker.detach();
   workers_.clear();
   arrivals_ = std::make_unique<Counter[]>(count_);
+  taken_ = std::make_unique<Taken[]>(count_);
   tasks_.num_sleeping = 0;
   const uint32_t seen = tasks_.value;
   for (int index = 1; index < count_; ++index) workers_.emplace_back(&Team::work, this, index, seen);
@@ -155,6 +156,7 @@ void Team::spread(int index) {
 void Team::barrier(Lane lane) {
   if (lane.count == 1) return;
   const uint32_t mine = arrivals_[lane.index].value.load(std::memory_order_relaxed) + 1;
+  taken_[lane.index].items[mine % 2].store(0, std::memory_order_relaxed);  // of the next phase; nobody is there yet
   arrivals_[lane.index].advance();
   for (int other = 0; other < lane.count; ++other) {
     if (other != lane.index) arrivals_[other].await(mine);

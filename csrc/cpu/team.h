@@ -59,6 +59,26 @@ class Team {
   // Returns once every lane of the running task is here. What a lane wrote before is seen by all after.
   void barrier(Lane lane);
 
+  // f(i) for each i in [0, count), once, on whichever lane: each goes through its own share, then through what slower
+  // lanes have left of theirs. At most once between two barriers.
+  template <class F>
+  void share_out(int64_t count, Lane lane, F f) {
+    if (lane.count == 1) {
+      for (int64_t i = 0; i < count; ++i) f(i);
+      return;
+    }
+    const int phase = phase_of(lane);
+    for (int i = 0; i < lane.count; ++i) {
+      const int owner = (lane.index + i) % lane.count;
+      const Share whole = share(count, 1, {owner, lane.count});
+      std::atomic<int64_t>& taken = taken_[owner].items[phase];
+      while (whole.begin + taken.load(std::memory_order_relaxed) < whole.end) {
+        const int64_t item = whole.begin + taken.fetch_add(1, std::memory_order_relaxed);
+        if (item < whole.end) f(item);
+      }
+    }
+  }
+
   // The team as the sampler wants it; for the thread that may call run.
   Threads threads();
 
@@ -73,6 +93,12 @@ class Team {
     bool await(uint32_t wanted);  // until value has come to it; returns whether the thread slept
   };
 
+  // How much of a lane's share is taken, by anybody: in this phase between two barriers, and in the next.
+  struct alignas(128) Taken {
+    std::atomic<int64_t> items[2] = {};
+  };
+  int phase_of(Lane lane) const { return arrivals_[lane.index].value.load(std::memory_order_relaxed) % 2; }
+
   void start();
   void work(int index, uint32_t seen);
   // A worker that wakes on a lower lane's CPU goes to one that no lane has, if it may run there. Only then: while
@@ -81,7 +107,8 @@ class Team {
 
   const int count_;
   std::unique_ptr<Counter[]> arrivals_;  // the barriers that each lane has come to
-  Counter tasks_;                        // how many there were
+  std::unique_ptr<Taken[]> taken_;
+  Counter tasks_;  // how many there were
   void (*task_)(void* context, Lane lane) = nullptr;
   void* context_ = nullptr;
   bool stopping_ = false;
