@@ -59,6 +59,7 @@ class QkvRopeStoreNode : public ProductNode {
       : ProductNode(weight, norm_weight, eps), rope_(rope), cache_(cache) {}
   void run(const Frame& frame, int64_t index, Lane lane) const override;
   int64_t shared_bytes(const StepInput& step) const override;
+  bool stores() const override { return true; }
 
   int64_t num_heads() const { return weight_.out_features / cache_.head_dim - 2 * cache_.num_kv_heads; }
 
@@ -100,6 +101,7 @@ class LmHeadNode : public ProductNode {
  public:
   using ProductNode::ProductNode;
   void run(const Frame& frame, int64_t index, Lane lane) const override;
+  bool takes_rows() const override { return true; }
 
  protected:
   int64_t num_rows(const StepInput& step) const override { return step.num_rows; }

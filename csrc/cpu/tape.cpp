@@ -75,6 +75,7 @@ void Tape::assign_slots() {
       last_reader[value] = -1;  // a value that is read twice here is freed once
     }
   }
+  find_cut();
   addresses_.resize(values_.size());
   tickets_ = std::make_unique<std::atomic<int64_t>[]>(nodes_.size());
   has_slots_ = true;
@@ -87,31 +88,81 @@ void Tape::time_nodes(bool on) {
 
 std::vector<int64_t> Tape::take_node_ns() { return std::exchange(node_ns_, std::vector<int64_t>(node_ns_.size())); }
 
-void Tape::replay(Team& team, Isa isa, const StepInput& step, float* const* inputs, float* output) {
-  if (!has_slots_) assign_slots();
-  int64_t shared = 0, each = 0, bytes = 0;
-  for (const auto& node : nodes_) {
-    shared = std::max(shared, round_up(node->shared_bytes(step), kAlignment));
-    each = std::max(each, round_up(node->lane_bytes(step), kAlignment));
+void Tape::find_cut() {
+  cut_ = -1;
+  crossing_.clear();
+  if (nodes_.empty() || !nodes_.back()->takes_rows()) return;
+  for (int64_t i = 0; i < num_nodes(); ++i) {
+    if (nodes_[i]->stores()) cut_ = i;
   }
-  slot_starts_.clear();
-  for (const int64_t width : slot_widths_) {
-    slot_starts_.push_back(bytes);
-    bytes += round_up(step.num_tokens * width * static_cast<int64_t>(sizeof(float)), kAlignment);
+  std::vector<bool> is_behind(values_.size(), false);
+  for (int64_t i = cut_ + 1; i < num_nodes(); ++i) {
+    for (const int value : nodes_[i]->inputs) {
+      const bool is_known = std::find(crossing_.begin(), crossing_.end(), value) != crossing_.end();
+      if (!is_behind[value] && !is_known) crossing_.push_back(value);
+    }
+    is_behind[nodes_[i]->output] = true;
   }
-  std::byte* const base = arena_.reserve(bytes + shared + team.count() * each);
+}
+
+std::byte* Tape::place_values(const StepInput& step, const StepInput& rest, int64_t scratch_bytes) {
+  const auto bytes_of = [](int64_t num_tokens, int64_t width) {
+    return round_up(num_tokens * width * static_cast<int64_t>(sizeof(float)), kAlignment);
+  };
+  const bool is_cut = &rest != &step;
+  int64_t bytes = 0;
+  for (const int64_t width : slot_widths_) bytes += bytes_of(step.num_tokens, width);
+  for (const int value : crossing_) bytes += is_cut ? bytes_of(rest.num_tokens, values_[value].width) : 0;
+  std::byte* place = arena_.reserve(bytes + scratch_bytes);
+  const auto take = [&](int64_t num_tokens, int64_t width) {
+    std::byte* const here = std::exchange(place, place + bytes_of(num_tokens, width));
+    return reinterpret_cast<float*>(here);
+  };
+  slot_places_.clear();
+  for (const int64_t width : slot_widths_) slot_places_.push_back(take(step.num_tokens, width));
   for (size_t value = 0; value < values_.size(); ++value) {
     const int slot = values_[value].slot;
-    addresses_[value] = slot < 0 ? nullptr : reinterpret_cast<float*>(base + slot_starts_[slot]);
+    if (slot >= 0) addresses_[value] = slot_places_[slot];
+  }
+  rest_addresses_ = addresses_;
+  for (const int value : crossing_) {
+    if (is_cut) rest_addresses_[value] = take(rest.num_tokens, values_[value].width);
+  }
+  return place;
+}
+
+void Tape::take_rows(const StepInput& step, Lane lane) const {
+  const Share rows = share(step.num_rows, 1, lane);
+  for (const int value : crossing_) {
+    const int64_t width = values_[value].width;
+    for (int64_t i = rows.begin; i < rows.end; ++i) {
+      std::copy_n(addresses_[value] + step.rows[i] * width, width, rest_addresses_[value] + i * width);
+    }
+  }
+}
+
+void Tape::replay(Team& team, Isa isa, const StepInput& step, float* const* inputs, float* output) {
+  if (!has_slots_) assign_slots();
+  const bool is_cut = cut_ >= 0 && rows_step_.take(step);
+  const StepInput& rest = is_cut ? rows_step_.step() : step;
+  const int64_t end = rest.num_tokens == 0 ? cut_ + 1 : num_nodes();
+  int64_t shared = 0, each = 0;
+  for (int64_t i = 0; i < end; ++i) {
+    shared = std::max(shared, round_up(nodes_[i]->shared_bytes(i > cut_ ? rest : step), kAlignment));
+    each = std::max(each, round_up(nodes_[i]->lane_bytes(i > cut_ ? rest : step), kAlignment));
   }
   for (size_t i = 0; i < inputs_.size(); ++i) addresses_[inputs_[i]] = inputs[i];
   addresses_.back() = output;
+  std::byte* const scratch = place_values(step, rest, shared + team.count() * each);
   scratch_.resize(team.count());
-  for (int lane = 0; lane < team.count(); ++lane) scratch_[lane] = base + bytes + shared + lane * each;
+  for (int lane = 0; lane < team.count(); ++lane) scratch_[lane] = scratch + shared + lane * each;
   for (int64_t i = 0; i < num_nodes(); ++i) tickets_[i] = 0;
 
-  const Frame frame{team,         linear_kernels(isa), row_kernels(isa), step, addresses_.data(),
-                    base + bytes, scratch_.data(),     tickets_.get()};
+  const auto frame_of = [&](const StepInput& some, const std::vector<float*>& addresses) {
+    return Frame{team,    linear_kernels(isa), row_kernels(isa), some, addresses.data(),
+                 scratch, scratch_.data(),     tickets_.get()};
+  };
+  const Frame whole = frame_of(step, addresses_), behind_cut = frame_of(rest, rest_addresses_);
   int64_t ended_ns = is_timed_ ? now_ns() : 0;  // the last node; lane 0's alone
   const auto note = [&](int64_t node) {
     const int64_t now = now_ns();
@@ -119,13 +170,17 @@ void Tape::replay(Team& team, Isa isa, const StepInput& step, float* const* inpu
     ended_ns = now;
   };
   team.run([&](Lane lane) {
-    for (int64_t i = 0; i < num_nodes(); ++i) {
-      nodes_[i]->run(frame, i, lane);
-      if (i + 1 < num_nodes()) team.barrier(lane);  // the end of the task is a barrier, too
+    for (int64_t i = 0; i < end; ++i) {
+      nodes_[i]->run(i > cut_ ? behind_cut : whole, i, lane);
+      if (i + 1 < end) team.barrier(lane);  // the end of the task is a barrier, too
+      if (is_cut && i == cut_ && i + 1 < end) {
+        take_rows(step, lane);
+        team.barrier(lane);
+      }
       if (is_timed_ && lane.index == 0) note(i);
     }
   });
-  if (is_timed_) note(num_nodes() - 1);
+  if (is_timed_) note(end - 1);
 }
 
 }  // namespace inferneo

@@ -3,6 +3,9 @@
 // A verb is a node; what goes from node to node is a value, [num_tokens, width] fp32. Values live in slots of an arena
 // that grows with the number of tokens; a slot is used again once the last reader of its value has run. Every node ends
 // at a barrier, so a node may read what any lane of an earlier one wrote.
+//
+// Where the last node takes some rows of its input only, nothing else is computed once the last keys and values are
+// stored: nearly all of a prompt's last layer is left out.
 #pragma once
 
 #include <atomic>
@@ -11,22 +14,12 @@
 #include <memory>
 #include <vector>
 
-#include "attention.h"
 #include "linear.h"
 #include "row_kernels.h"
+#include "step.h"
 #include "team.h"
 
 namespace inferneo {
-
-// What a step hands to its tape; the fields of ModelInput in inferneo_core/batch.py.
-struct StepInput {
-  const int64_t* token_ids;
-  const int64_t* positions;
-  const int64_t* slot_mapping;
-  const int64_t* rows;
-  SequenceViews sequences;
-  int64_t num_tokens, num_rows;
-};
 
 // Nanoseconds of a clock that never goes back.
 int64_t now_ns();
@@ -66,6 +59,8 @@ class Node {
   virtual void run(const Frame& frame, int64_t index, Lane lane) const = 0;
   virtual int64_t shared_bytes(const StepInput& step) const;
   virtual int64_t lane_bytes(const StepInput& step) const;
+  virtual bool stores() const { return false; }      // to the cache
+  virtual bool takes_rows() const { return false; }  // of its input only StepInput.rows; every node before it, all
 
   std::vector<int> inputs;  // values
   int replaces = -1;        // the input whose slot the output may take: each element is read before it is written
@@ -100,15 +95,24 @@ class Tape {
   };
 
   void assign_slots();
+  void find_cut();
+  // Gives each value with a slot its place, and those that cross the cut another behind it, if `rest` is not `step`;
+  // returns where scratch memory begins.
+  std::byte* place_values(const StepInput& step, const StepInput& rest, int64_t scratch_bytes);
+  void take_rows(const StepInput& step, Lane lane) const;
 
   std::vector<std::unique_ptr<Node>> nodes_;
   std::vector<Value> values_;
-  std::vector<int> inputs_;           // values
-  bool has_slots_ = false;            // whether assign_slots has run since the last add_node
-  std::vector<int64_t> slot_widths_;  // floats a token
-  std::vector<int64_t> slot_starts_;  // bytes from the arena's start, in this replay
-  std::vector<float*> addresses_;     // of values
-  std::vector<std::byte*> scratch_;   // by lane
+  std::vector<int> inputs_;    // values
+  bool has_slots_ = false;     // whether assign_slots has run since the last add_node
+  int64_t cut_ = -1;           // the node behind which only rows are needed, or -1
+  std::vector<int> crossing_;  // values made before the cut and read behind it
+  RowsStep rows_step_;
+  std::vector<int64_t> slot_widths_;    // floats a token
+  std::vector<float*> slot_places_;     // in this replay
+  std::vector<float*> addresses_;       // of values
+  std::vector<float*> rest_addresses_;  // the same behind the cut
+  std::vector<std::byte*> scratch_;     // by lane
   std::unique_ptr<std::atomic<int64_t>[]> tickets_;
   bool is_timed_ = false;
   std::vector<int64_t> node_ns_;
