@@ -19,26 +19,30 @@ void EmbedNode::run(const Frame& frame, int64_t, Lane lane) const {
   unpack_rows(weight_, frame.step.token_ids + tokens.begin, tokens.end - tokens.begin, out);
 }
 
-// A lane norms one quad after the other, where it quantises it.
-int64_t ProductNode::normed_bytes(int64_t rows) const {
-  if (norm_weight_ == nullptr) return 0;
-  return round_up(std::min<int64_t>(rows, kQuad) * weight_.in_features * kFloat, 64);
-}
+ProductNode::ProductNode(const PackedLinear& weight, const float* norm_weight, float eps)
+    : weight_(weight),
+      in_features_(weight.in_features),
+      out_features_(weight.out_features),
+      slab_(slab_tokens(weight)),
+      norm_weight_(norm_weight),
+      eps_(eps),
+      normed_bytes_(norm_weight == nullptr ? 0 : round_up(kQuad * weight.in_features * kFloat, 64)),
+      quad_bytes_(round_up(prepared_bytes(weight, kQuad), 64)) {}
 
 int64_t ProductNode::shared_bytes(const StepInput& step) const {
-  return num_rows(step) > 1 ? round_up(prepared_bytes(weight_, num_rows(step)), 64) : 0;
+  return num_rows(step) > 1 ? quads_in(num_rows(step)) * quad_bytes_ : 0;
 }
 
+// A lane norms one quad after the other, where it quantises it.
 int64_t ProductNode::lane_bytes(const StepInput& step) const {
-  const int64_t rows = num_rows(step);
-  return normed_bytes(rows) + (rows == 1 ? round_up(prepared_bytes(weight_, 1), 64) : 0);
+  return normed_bytes_ + (num_rows(step) == 1 ? quad_bytes_ : 0);
 }
 
 const void* ProductNode::prepare(const Frame& frame, const float* x, const int64_t* rows, Lane lane) const {
   const int64_t count = num_rows(frame.step);
   std::byte* const scratch = frame.scratch(lane);
   if (count == 1) {
-    std::byte* const out = scratch + normed_bytes(1);
+    std::byte* const out = scratch + normed_bytes_;
     prepare_quad(frame, x, rows, scratch, out, 0);
     return out;
   }
@@ -50,7 +54,7 @@ const void* ProductNode::prepare(const Frame& frame, const float* x, const int64
 
 void ProductNode::prepare_quad(const Frame& frame, const float* x, const int64_t* rows, std::byte* scratch,
                                std::byte* out, int64_t quad) const {
-  const int64_t count = num_rows(frame.step), width = weight_.in_features;
+  const int64_t count = num_rows(frame.step), width = in_features_;
   const int64_t first = quad * kQuad, end = std::min(first + kQuad, count);
   const float* source = x + first * width;
   if (norm_weight_ != nullptr) {
@@ -74,18 +78,18 @@ void ProductNode::multiply(const Frame& frame, const void* prepared, Share token
 int64_t ProductNode::rows_at_once(int64_t num_tokens, int64_t rows, int64_t granule, int num_lanes) const {
   constexpr int64_t kProducts = 1 << 17;  // 0.7 us: few lanes wait for one that begins such a piece last
   const bool alone = num_tokens == 1;     // bound by memory, which is read best from end to end
-  const int64_t at_once = alone ? (rows - 1) / num_lanes : kProducts / (weight_.in_features * num_tokens);
+  const int64_t at_once = alone ? (rows - 1) / num_lanes : kProducts / (in_features_ * num_tokens);
   return std::min(round_up(at_once + 1, granule), rows);
 }
 
 template <class F>
 void ProductNode::share_product(const Frame& frame, Lane lane, int64_t rows, int64_t granule, F f) const {
-  const int64_t tokens = num_rows(frame.step), slab = slab_tokens(weight_);
+  const int64_t tokens = num_rows(frame.step);
   const int64_t at_once = rows_at_once(tokens, rows, granule, lane.count);
-  const int64_t pieces = (rows + at_once - 1) / at_once, slabs = (tokens + slab - 1) / slab;
+  const int64_t pieces = (rows + at_once - 1) / at_once, slabs = (tokens + slab_ - 1) / slab_;
   frame.team.share_out(slabs * pieces, lane, [&](int64_t item) {
-    const int64_t token = item / pieces * slab, row = item % pieces * at_once;
-    f(Share{token, std::min(token + slab, tokens)}, Share{row, std::min(row + at_once, rows)});
+    const int64_t token = item / pieces * slab_, row = item % pieces * at_once;
+    f(Share{token, std::min(token + slab_, tokens)}, Share{row, std::min(row + at_once, rows)});
   });
 }
 
@@ -97,7 +101,7 @@ int64_t QkvRopeStoreNode::shared_bytes(const StepInput& step) const {
 
 void QkvRopeStoreNode::run(const Frame& frame, int64_t, Lane lane) const {
   constexpr int64_t kManyTokens = 16, kTokensAtOnce = 4;
-  const int64_t num_tokens = frame.step.num_tokens, num_rows = weight_.out_features;
+  const int64_t num_tokens = frame.step.num_tokens, num_rows = out_features_;
   const int64_t q_width = num_heads() * cache_.head_dim, kv_width = num_rows - q_width;
   const void* prepared = prepare(frame, frame.values[inputs[0]], nullptr, lane);
   // A lane makes whole heads and rotates them itself. Where heads do not divide evenly (15 by 2 lanes), many tokens are
@@ -156,7 +160,7 @@ void AttentionNode::run(const Frame& frame, int64_t index, Lane lane) const {
 void LinearAddNode::run(const Frame& frame, int64_t, Lane lane) const {
   const void* prepared = prepare(frame, frame.values[inputs[0]], nullptr, lane);
   const float* residual = inputs.size() > 1 ? frame.values[inputs[1]] : nullptr;
-  const int64_t num_rows = weight_.out_features;
+  const int64_t num_rows = out_features_;
   share_product(frame, lane, num_rows, row_granule, [&](Share tokens, Share rows) {
     multiply(frame, prepared, tokens, rows, frame.values[output], num_rows, residual);
   });
@@ -164,12 +168,12 @@ void LinearAddNode::run(const Frame& frame, int64_t, Lane lane) const {
 
 // Behind what prepare needs: a piece's products with rows of up.
 int64_t GateUpSiluNode::lane_bytes(const StepInput& step) const {
-  const int64_t rows = rows_at_once(step.num_tokens, weight_.out_features / 2, kRowsOfSilu, 1);
-  return ProductNode::lane_bytes(step) + std::min(step.num_tokens, slab_tokens(weight_)) * rows * kFloat;
+  const int64_t rows = rows_at_once(step.num_tokens, out_features_ / 2, kRowsOfSilu, 1);
+  return ProductNode::lane_bytes(step) + std::min(step.num_tokens, slab_) * rows * kFloat;
 }
 
 void GateUpSiluNode::run(const Frame& frame, int64_t, Lane lane) const {
-  const int64_t width = weight_.out_features / 2;
+  const int64_t width = out_features_ / 2;
   const void* prepared = prepare(frame, frame.values[inputs[0]], nullptr, lane);
   float* const gate = frame.values[output];
   float* const up = floats(frame.scratch(lane) + ProductNode::lane_bytes(frame.step));
@@ -187,7 +191,7 @@ void GateUpSiluNode::run(const Frame& frame, int64_t, Lane lane) const {
 void LmHeadNode::run(const Frame& frame, int64_t, Lane lane) const {
   if (frame.step.num_rows == 0) return;
   const void* prepared = prepare(frame, frame.values[inputs[0]], frame.step.rows, lane);
-  const int64_t num_rows = weight_.out_features;
+  const int64_t num_rows = out_features_;
   share_product(frame, lane, num_rows, row_granule, [&](Share tokens, Share rows) {
     multiply(frame, prepared, tokens, rows, frame.values[output], num_rows);
   });

@@ -22,8 +22,7 @@ class EmbedNode : public Node {
 // of several are prepared together.
 class ProductNode : public Node {
  public:
-  ProductNode(const PackedLinear& weight, const float* norm_weight, float eps)
-      : weight_(weight), norm_weight_(norm_weight), eps_(eps) {}
+  ProductNode(const PackedLinear& weight, const float* norm_weight, float eps);
   int64_t shared_bytes(const StepInput& step) const override;
   int64_t lane_bytes(const StepInput& step) const override;
 
@@ -42,14 +41,16 @@ class ProductNode : public Node {
   int64_t rows_at_once(int64_t num_tokens, int64_t rows, int64_t granule, int num_lanes) const;
 
   const PackedLinear& weight_;
+  // What a step asks of every node before it runs any; each weight's own would be a cold page.
+  const int64_t in_features_, out_features_, slab_;
 
  private:
-  int64_t normed_bytes(int64_t rows) const;
   void prepare_quad(const Frame& frame, const float* x, const int64_t* rows, std::byte* scratch, std::byte* out,
                     int64_t quad) const;
 
   const float* norm_weight_;  // null: no norm
   const float eps_;
+  const int64_t normed_bytes_, quad_bytes_;  // of a quad, normed and prepared
 };
 
 class QkvRopeStoreNode : public ProductNode {
@@ -61,7 +62,7 @@ class QkvRopeStoreNode : public ProductNode {
   int64_t shared_bytes(const StepInput& step) const override;
   bool stores() const override { return true; }
 
-  int64_t num_heads() const { return weight_.out_features / cache_.head_dim - 2 * cache_.num_kv_heads; }
+  int64_t num_heads() const { return out_features_ / cache_.head_dim - 2 * cache_.num_kv_heads; }
 
  private:
   void rotate_and_store(const Frame& frame, float* q, float* kv, Share tokens, Share rows) const;
