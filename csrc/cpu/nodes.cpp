@@ -6,7 +6,6 @@ namespace inferneo {
 namespace {
 
 constexpr int64_t kFloat = sizeof(float);
-constexpr int64_t kRowsOfSilu = 64;  // of gate, and as many of up, that a piece has at least
 
 float* floats(std::byte* bytes) { return reinterpret_cast<float*>(bytes); }
 
@@ -75,19 +74,24 @@ void ProductNode::multiply(const Frame& frame, const void* prepared, Share token
   }
 }
 
-int64_t ProductNode::rows_at_once(int64_t num_tokens, int64_t rows, int64_t granule, int num_lanes) const {
-  constexpr int64_t kProducts = 1 << 17;  // 0.7 us: few lanes wait for one that begins such a piece last
-  const bool alone = num_tokens == 1;     // bound by memory, which is read best from end to end
-  const int64_t at_once = alone ? (rows - 1) / num_lanes : kProducts / (in_features_ * num_tokens);
-  return std::min(round_up(at_once + 1, granule), rows);
+int64_t ProductNode::most_rows(int64_t num_tokens) const {
+  constexpr int64_t kProducts = 1 << 17;  // 0.7 us: no lane waits long for one that begins such a piece last
+  return std::max(fewest_rows(), kProducts / (in_features_ * num_tokens) + 1);
 }
 
 template <class F>
 void ProductNode::share_product(const Frame& frame, Lane lane, int64_t rows, int64_t granule, F f) const {
   const int64_t tokens = num_rows(frame.step);
-  const int64_t at_once = rows_at_once(tokens, rows, granule, lane.count);
-  const int64_t pieces = (rows + at_once - 1) / at_once, slabs = (tokens + slab_ - 1) / slab_;
-  frame.team.share_out(slabs * pieces, lane, [&](int64_t item) {
+  if (tokens == 1) {  // bound by memory, which is read best from end to end
+    const Share mine = share(rows, granule, lane);
+    if (mine.begin < mine.end) f(Share{0, 1}, mine);
+    return;
+  }
+  const auto ceil_div = [](int64_t a, int64_t b) { return (a + b - 1) / b; };
+  const int64_t each = ceil_div(rows, lane.count), cuts = ceil_div(each, most_rows(tokens));
+  const int64_t at_once = std::min(round_up(ceil_div(each, cuts), granule), rows);
+  const int64_t pieces = ceil_div(rows, at_once);
+  frame.team.share_out(ceil_div(tokens, slab_) * pieces, lane, [&](int64_t item) {
     const int64_t token = item / pieces * slab_, row = item % pieces * at_once;
     f(Share{token, std::min(token + slab_, tokens)}, Share{row, std::min(row + at_once, rows)});
   });
@@ -168,8 +172,9 @@ void LinearAddNode::run(const Frame& frame, int64_t, Lane lane) const {
 
 // Behind what prepare needs: a piece's products with rows of up.
 int64_t GateUpSiluNode::lane_bytes(const StepInput& step) const {
-  const int64_t rows = rows_at_once(step.num_tokens, out_features_ / 2, kRowsOfSilu, 1);
-  return ProductNode::lane_bytes(step) + std::min(step.num_tokens, slab_) * rows * kFloat;
+  const int64_t width = out_features_ / 2, num_tokens = std::min(step.num_tokens, slab_);
+  const int64_t rows = step.num_tokens == 1 ? width : round_up(most_rows(step.num_tokens), row_granule);
+  return ProductNode::lane_bytes(step) + num_tokens * std::min(rows, width) * kFloat;
 }
 
 void GateUpSiluNode::run(const Frame& frame, int64_t, Lane lane) const {
@@ -177,7 +182,7 @@ void GateUpSiluNode::run(const Frame& frame, int64_t, Lane lane) const {
   const void* prepared = prepare(frame, frame.values[inputs[0]], nullptr, lane);
   float* const gate = frame.values[output];
   float* const up = floats(frame.scratch(lane) + ProductNode::lane_bytes(frame.step));
-  share_product(frame, lane, width, kRowsOfSilu, [&](Share tokens, Share rows) {
+  share_product(frame, lane, width, row_granule, [&](Share tokens, Share rows) {
     const int64_t count = rows.end - rows.begin;
     float* const up_of_first = up - tokens.begin * count - (width + rows.begin);  // as if all of up were there
     multiply(frame, prepared, tokens, rows, gate, width);

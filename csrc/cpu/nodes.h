@@ -37,8 +37,10 @@ class ProductNode : public Node {
   // lanes have done them all.
   template <class F>
   void share_product(const Frame& frame, Lane lane, int64_t rows, int64_t granule, F f) const;
-  // The most rows of such a piece.
-  int64_t rows_at_once(int64_t num_tokens, int64_t rows, int64_t granule, int num_lanes) const;
+  // Rows of such a piece, for several tokens, unless the granule has more.
+  int64_t most_rows(int64_t num_tokens) const;
+  // Below this a piece's own cost, some 70 ns a call, counts.
+  virtual int64_t fewest_rows() const { return 1; }
 
   const PackedLinear& weight_;
   // What a step asks of every node before it runs any; each weight's own would be a cold page.
@@ -95,6 +97,9 @@ class GateUpSiluNode : public ProductNode {
   using ProductNode::ProductNode;
   void run(const Frame& frame, int64_t index, Lane lane) const override;
   int64_t lane_bytes(const StepInput& step) const override;
+
+ protected:
+  int64_t fewest_rows() const override { return 128; }
 };
 
 // Gives [num_rows, vocab_size]: the rows of x that StepInput.rows names.
@@ -105,6 +110,7 @@ class LmHeadNode : public ProductNode {
   bool takes_rows() const override { return true; }
 
  protected:
+  int64_t fewest_rows() const override { return 256; }
   int64_t num_rows(const StepInput& step) const override { return step.num_rows; }
 };
 
