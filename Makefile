@@ -37,7 +37,7 @@ help:  ## Show this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 20
 
 demo: $(CLI_STAMP)  ## Install, fetch the default model, stream an answer
-	@$(BIN)/inferneo generate $(MODEL) "$$PROMPT" --chat --max-tokens 128 --temperature 0
+	@$(BIN)/inferneo generate --chat --max-tokens 128 --temperature 0 -- $(MODEL) "$$PROMPT"
 
 serve: $(SERVER_STAMP)  ## Serve the default model at http://localhost:8000 until Ctrl-C
 	@$(BIN)/inferneo serve $(MODEL)

@@ -117,17 +117,22 @@ def score(vocab_size: int, num_rows: int, num_logprobs: int) -> Count:
 
 
 def step(config: ModelConfig, storage: Storage, sequences: Sequence[SequenceWork]) -> Mapping[str, Count]:
-    """A whole step by verb, in the order of `model.py`; every sequence draws one token."""
+    """A whole step by verb, in the order of `model.py`; every sequence draws one token. Of the last layer, what comes
+    behind its keys and values is counted for those it is drawn after alone."""
     num_tokens, num_rows = sum(sequence.query_len for sequence in sequences), len(sequences)
-    hidden, layers = config.hidden_size, config.num_layers
-    added = linear_add(storage, num_tokens, hidden, config.q_size)
-    added += linear_add(storage, num_tokens, hidden, config.intermediate_size)
+    hidden, before = config.hidden_size, config.num_layers - 1
+    drawn_after = [SequenceWork(1, sequence.seq_len) for sequence in sequences]
+
+    def added(count: int) -> Count:
+        attended = linear_add(storage, count, hidden, config.q_size)
+        return attended + linear_add(storage, count, hidden, config.intermediate_size)
+
     return {
         "embed": embed(config, storage, num_tokens),
-        "qkv_rope_store": qkv_rope_store(config, storage, num_tokens) * layers,
-        "attention": attention(config, storage, sequences) * layers,
-        "linear_add": added * layers,
-        "gate_up_silu": gate_up_silu(config, storage, num_tokens) * layers,
+        "qkv_rope_store": qkv_rope_store(config, storage, num_tokens) * config.num_layers,
+        "attention": attention(config, storage, sequences) * before + attention(config, storage, drawn_after),
+        "linear_add": added(num_tokens) * before + added(num_rows),
+        "gate_up_silu": gate_up_silu(config, storage, num_tokens) * before + gate_up_silu(config, storage, num_rows),
         "lm_head": lm_head(config, storage, num_rows),
         "sample": sample(config.vocab_size, num_rows),
     }

@@ -117,8 +117,9 @@ class BatchBuilder:
             end, behind = start + count, begin + count
             token_ids[begin:behind] = sequence.token_ids[start:end]
             positions[begin:behind] = self._positions[start:end]
-            table = self._block_tables[row.index]
-            slots[begin:behind] = table[self._block_of[start:end]] * self._block_size + self._place_of[start:end]
+            slots[begin:behind] = self._block_tables[row.index, self._block_of[start:end]]
+            slots[begin:behind] *= self._block_size
+            slots[begin:behind] += self._place_of[start:end]
             rows.append(row)
             starts[i + 1], seq_lens[i] = behind, end
             begin = behind

@@ -17,6 +17,7 @@ KV_CACHE_DTYPES = (*DTYPES, "int8")
 MAX_BLOCK_SIZE = 1024
 MAX_NUM_SEQS = 4096  # each has a row of parameters, and of penalty counts as wide as the vocabulary
 MAX_INT = 2**31 - 1
+MAX_THREADS = 256
 _DEVICE = re.compile(r"auto|cpu|cuda(:\d{1,3})?", re.ASCII)
 
 
@@ -339,7 +340,7 @@ class EngineConfig:
         _in_range("max_model_len", self.max_model_len, 2, MAX_INT, optional=True)  # a prompt token and one to generate
         _in_range("max_num_seqs", self.max_num_seqs, 1, MAX_NUM_SEQS)
         _in_range("max_num_batched_tokens", self.max_num_batched_tokens, 1, MAX_INT)
-        _in_range("num_threads", self.num_threads, 1, MAX_INT, optional=True)
+        _in_range("num_threads", self.num_threads, 1, MAX_THREADS, optional=True)
         if not isinstance(self.enable_prefix_caching, bool):
             raise ConfigError(f"enable_prefix_caching is {shown(self.enable_prefix_caching)}; it is True or False")
         if self.batch_invariant is not None and not isinstance(self.batch_invariant, bool):

@@ -90,9 +90,11 @@ def test_step_is_the_sum_of_its_verbs_over_the_layers() -> None:
     work = [SequenceWork(2, 3), SequenceWork(1, 5)]
     step = counts.step(TINY, FP32, work)
     assert list(step) == ["embed", "qkv_rope_store", "attention", "linear_add", "gate_up_silu", "lm_head", "sample"]
-    out, down = counts.linear_add(FP32, 3, 4, 4), counts.linear_add(FP32, 3, 4, 6)
-    assert step["linear_add"] == (out + down) * 2
-    assert step["attention"] == counts.attention(TINY, FP32, work) * 2
+    # Two layers: all tokens, then the last one of each sequence.
+    added = [counts.linear_add(FP32, n, 4, 4) + counts.linear_add(FP32, n, 4, 6) for n in (3, 2)]
+    assert step["linear_add"] == added[0] + added[1]
+    last = [SequenceWork(1, 3), SequenceWork(1, 5)]
+    assert step["attention"] == counts.attention(TINY, FP32, work) + counts.attention(TINY, FP32, last)
     assert step["lm_head"] == counts.lm_head(TINY, FP32, 2)  # one row a sequence
 
 

@@ -1,6 +1,6 @@
-// Runs the team and attention without torch, for the sanitizers: tests/ops/test_cpu_native.py builds it with ASan and
-// UBSan, then with TSan, and runs it once an instruction set; tests/ops/test_cpu_aarch64.py runs it on another
-// processor. Every array has exactly the size it is said to have, so that one element too far is an error.
+// Runs the team, attention and a step of rows without torch, for the sanitizers: tests/ops/test_cpu_native.py builds it
+// with ASan and UBSan, then with TSan, and runs it once an instruction set; tests/ops/test_cpu_aarch64.py runs it on
+// another processor. Every array has exactly the size it is said to have, so that one element too far is an error.
 #include "attention.h"
 
 #include <chrono>
@@ -12,6 +12,7 @@
 #include <thread>
 #include <vector>
 
+#include "step.h"
 #include "test_numbers.h"
 
 namespace inferneo {
@@ -70,6 +71,28 @@ void check_share_out(int lanes) {
   expect(num_done == kCount, "every item is done");
 }
 
+void check_rows_step() {
+  const std::vector<int32_t> starts{0, 5, 6, 46}, seq_lens{5, 9, 40}, tables{0, 1, 2, 3, 4, 5};
+  StepInput step = {};
+  step.sequences = {starts.data(), seq_lens.data(), tables.data(), 3, 2};
+  step.num_tokens = 46;
+  const auto takes = [&](const std::vector<int64_t>& rows, RowsStep& rest) {
+    step.rows = rows.data();
+    step.num_rows = static_cast<int64_t>(rows.size());
+    return rest.take(step);
+  };
+  RowsStep rest;
+  for (const std::vector<int64_t>& rows : {std::vector<int64_t>{3}, {0, 4}, {2, 45}, {45, 4}, {4, 4}, {4, 6}}) {
+    expect(!takes(rows, rest), "only sequences' last tokens, in order, are a step of their own");
+  }
+  expect(takes({}, rest) && rest.step().num_tokens == 0, "there may be none");
+  expect(takes({4, 45}, rest), "some sequences' last tokens are a step of their own");
+  const StepInput& two = rest.step();
+  expect(two.num_tokens == 2 && two.num_rows == 2 && two.rows[1] == 1 && two.sequences.num_seqs == 2, "of two tokens");
+  expect(two.sequences.query_start_loc[2] == 2 && two.sequences.seq_lens[1] == 40, "each its sequence's only one");
+  expect(two.sequences.block_tables[2] == 4 && two.sequences.block_tables[3] == 5, "with its blocks");
+}
+
 struct Case {
   std::vector<int32_t> query_lens, seq_lens;
   int64_t num_heads, num_kv_heads, head_dim, block_size;
@@ -124,6 +147,7 @@ int run() {
     check_team(lanes);
     check_share_out(lanes);
   }
+  check_rows_step();
   const Case cases[] = {
       {{1, 1, 70, 3}, {1, 600, 300, 257}, 9, 3, 64, 16},
       {{1, 5}, {256, 512}, 6, 2, 14, 5},

@@ -47,10 +47,9 @@ void interleave(const float* x, int64_t rows, int64_t columns, float* out, Share
   const int64_t padded = round_up(columns, 2);
   for (int64_t quad = quads.begin; quad < quads.end; ++quad) {
     for (int64_t token = 0; token < kQuad; ++token) {
-      const float* row = x + ((quad - quads.begin) * kQuad + token) * columns;
-      const int64_t known = quad * kQuad + token < rows ? columns : 0;
+      const int64_t known = quad * kQuad + token < rows ? columns : 0, row = (quad - quads.begin) * kQuad + token;
       float* place = out + quad * padded * kQuad + token;
-      for (int64_t k = 0; k < padded; ++k) place[k * kQuad] = k < known ? row[k] : 0.0f;
+      for (int64_t k = 0; k < padded; ++k) place[k * kQuad] = k < known ? x[row * columns + k] : 0.0f;
     }
   }
 }

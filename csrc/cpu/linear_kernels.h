@@ -114,7 +114,7 @@ template <class F>
 INFERNEO_INLINE void for_quads(int64_t rows, Share quads, F f) {
   const int64_t end = rows / kQuad < quads.end ? rows / kQuad : quads.end;
   for (int64_t quad = quads.begin; quad < end; ++quad) f(quad, kQuad);
-  if (end < quads.end) f(end, static_cast<int>(rows - end * kQuad));
+  if (quads.begin <= end && end < quads.end) f(end, static_cast<int>(rows - end * kQuad));
 }
 
 // The codes of each block of a quad go to codes(block); put(block, the largest magnitudes, the sums of the codes).

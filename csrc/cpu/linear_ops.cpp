@@ -171,7 +171,11 @@ Tensor packed_linear(const Tensor& x, const Tensor& packed, int64_t lanes) {
   });
   for_lanes([&](Lane lane) {
     const Share mine = share(linear.out_features, row_granule, lane);
-    linear_rows(kernels, linear, prepared, num_tokens, {0, num_tokens}, mine, y, linear.out_features);
+    const int64_t slab = slab_tokens(linear);
+    for (int64_t begin = 0; begin < num_tokens; begin += slab) {
+      const Share tokens{begin, begin + slab < num_tokens ? begin + slab : num_tokens};
+      linear_rows(kernels, linear, prepared, num_tokens, tokens, mine, y, linear.out_features);
+    }
   });
   return out;
 }

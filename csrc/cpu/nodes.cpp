@@ -75,8 +75,8 @@ void ProductNode::multiply(const Frame& frame, const void* prepared, Share token
 }
 
 int64_t ProductNode::most_rows(int64_t num_tokens) const {
-  constexpr int64_t kProducts = 1 << 17;  // 0.7 us: no lane waits long for one that begins such a piece last
-  return std::max(fewest_rows(), kProducts / (in_features_ * num_tokens) + 1);
+  constexpr int64_t kProducts = 1 << 17;  // 0.7 us, for few tokens: no lane waits long for another's last piece
+  return std::max(fewest_rows(), kProducts / (in_features_ * std::min(num_tokens, slab_)) + 1);
 }
 
 template <class F>

@@ -21,8 +21,8 @@ struct StepInput {
 // What is left of a step once all keys and values are in the cache: the rows alone.
 class RowsStep {
  public:
-  // The rows of `step`; false if nothing can be left out, for they are all of its tokens, or not each the last one of a
-  // sequence of its own.
+  // The rows of `step`; false if nothing can be left out, for they are all of its tokens, or are not the last ones of
+  // some of its sequences, in order.
   bool take(const StepInput& step);
 
   // One token a row, each a sequence's only one; its ids, positions and slots are not there. Valid until the next is

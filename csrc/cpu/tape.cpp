@@ -97,6 +97,10 @@ void Tape::find_cut() {
   }
   std::vector<bool> is_behind(values_.size(), false);
   for (int64_t i = cut_ + 1; i < num_nodes(); ++i) {
+    if (nodes_[i]->inputs.empty()) {  // made of the step's ids, which its rows alone do not have
+      cut_ = -1;
+      return crossing_.clear();
+    }
     for (const int value : nodes_[i]->inputs) {
       const bool is_known = std::find(crossing_.begin(), crossing_.end(), value) != crossing_.end();
       if (!is_behind[value] && !is_known) crossing_.push_back(value);
@@ -145,7 +149,7 @@ void Tape::replay(Team& team, Isa isa, const StepInput& step, float* const* inpu
   if (!has_slots_) assign_slots();
   const bool is_cut = cut_ >= 0 && rows_step_.take(step);
   const StepInput& rest = is_cut ? rows_step_.step() : step;
-  const int64_t end = rest.num_tokens == 0 ? cut_ + 1 : num_nodes();
+  const int64_t end = is_cut && step.num_rows == 0 ? cut_ + 1 : num_nodes();
   int64_t shared = 0, each = 0;
   for (int64_t i = 0; i < end; ++i) {
     shared = std::max(shared, round_up(nodes_[i]->shared_bytes(i > cut_ ? rest : step), kAlignment));

@@ -4,8 +4,8 @@
 // that grows with the number of tokens; a slot is used again once the last reader of its value has run. Every node ends
 // at a barrier, so a node may read what any lane of an earlier one wrote.
 //
-// Where the last node takes some rows of its input only, nothing else is computed once the last keys and values are
-// stored: nearly all of a prompt's last layer is left out.
+// Where the last node takes some rows of its input only, each the last token of a sequence, nothing else is computed
+// once the last keys and values are stored: nearly all of a prompt's last layer is left out.
 #pragma once
 
 #include <atomic>

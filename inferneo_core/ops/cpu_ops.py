@@ -11,11 +11,10 @@ from torch import Tensor
 
 from inferneo_core import errors
 from inferneo_core.batch import AttentionMetadata, SampleOutput, SamplingBatch
+from inferneo_core.config import MAX_THREADS
 from inferneo_core.ops.base import CacheLayer, Linear, Norm, check_shape
 from inferneo_core.ops.cpu_tape import TapeRecorder, typed
 from inferneo_core.ops.packing import WeightArena
-
-MAX_THREADS = 256
 
 
 class CpuOps:

@@ -17,7 +17,12 @@ EMULATOR = shutil.which("qemu-aarch64-static") or shutil.which("qemu-aarch64")
 FLAGS = ("-std=c++20", "-O2", "-Wall", "-Wextra", "-Werror", "-ffp-contract=off", "-fno-trapping-math", "-pthread")
 PROGRAMS = {
     "products": (*sorted(set(CSRC.glob("cpu/linear*.cpp")) - {CSRC / "cpu/linear_ops.cpp"}), CSRC / "cpu/pack.cpp"),
-    "attention": (*CSRC.glob("cpu/attention*.cpp"), *CSRC.glob("cpu/row_kernels*.cpp"), CSRC / "cpu/team.cpp"),
+    "attention": (
+        *CSRC.glob("cpu/attention*.cpp"),
+        *CSRC.glob("cpu/row_kernels*.cpp"),
+        CSRC / "cpu/step.cpp",
+        CSRC / "cpu/team.cpp",
+    ),
     "sampler": tuple(CSRC.glob("sampler*.cpp")),
 }
 

@@ -23,6 +23,7 @@ SOURCES = (
     "cpu/row_kernels_avx2.cpp",
     "cpu/row_kernels_avx512.cpp",
     "cpu/row_kernels_avx512bf16.cpp",
+    "cpu/step.cpp",
     "cpu/team.cpp",
     "passes.cpp",
 )
