@@ -127,8 +127,9 @@ class BatchBuilder:
                 sampled[num_sampled] = behind - 1
                 num_sampled += 1
             max_query_len, max_seq_len = max(max_query_len, count), max(max_seq_len, end)
-        # With the block of the token to be drawn, where there is one already: `advance` looks its slot up.
-        tables = self._tables(rows, max_seq_len // self._block_size + 1)
+        # With the block of the token to be drawn, where there is one already: `advance` looks its slot up. A copy
+        # that begins on a multiple of 16: Triton compiles anew for a pointer that does not.
+        tables = self._block_tables[[row.index for row in rows], : max_seq_len // self._block_size + 1]
         return ModelInput(
             token_ids=torch.from_numpy(token_ids),
             positions=torch.from_numpy(positions),
@@ -136,7 +137,7 @@ class BatchBuilder:
             attention=AttentionMetadata(
                 query_start_loc=torch.from_numpy(starts),
                 seq_lens=torch.from_numpy(seq_lens),
-                block_tables=tables,
+                block_tables=torch.from_numpy(tables),
                 max_query_len=max_query_len,
                 max_seq_len=max_seq_len,
             ),
