@@ -49,7 +49,10 @@ void check_share_out(int lanes) {
     std::vector<int> times(count, 0);
     team.run([&](Lane lane) {
       for (int round = 1; round <= 50; ++round) {
-        team.share_out(count, lane, [&](int64_t i) { ++times[i]; });
+        team.share_out(count, lane, [&](Share items) {
+          expect(items.begin < items.end, "no run is empty");
+          for (int64_t i = items.begin; i < items.end; ++i) ++times[i];
+        });
         team.barrier(lane);
         for (const int n : times) expect(n == round, "each item falls to one lane, once");
         team.barrier(lane);
@@ -59,13 +62,14 @@ void check_share_out(int lanes) {
   std::atomic<int64_t> num_done{0};
   constexpr int64_t kCount = 24;
   team.run([&](Lane lane) {
-    team.share_out(kCount, lane, [&](int64_t i) {
+    team.share_out(kCount, lane, [&](Share items) {
+      const int64_t num_items = items.end - items.begin;
       const auto deadline = std::chrono::steady_clock::now() + std::chrono::seconds(60);
-      while (i == 0 && num_done < kCount - 1 && lanes > 1) {
+      while (items.begin == 0 && num_done < kCount - num_items) {
         std::this_thread::yield();
         expect(std::chrono::steady_clock::now() < deadline, "others do what a lane that is held up has left");
       }
-      ++num_done;
+      num_done += num_items;
     });
   });
   expect(num_done == kCount, "every item is done");

@@ -274,18 +274,29 @@ INFERNEO_INLINE void dense_tile(const uint8_t* pair, int64_t columns, int first,
   for (int t = 0; t < T; ++t) sum[t] = V::add(sum[t], odd[t]);
 }
 
-template <class V>
-INFERNEO_INLINE void put_rows(const RowsTask& task, int64_t token, int64_t row, typename V::Floats y) {
-  if (row < task.row_begin || row + V::kRows > task.row_end) {
-    float values[V::kRows];
-    V::store(values, y);
-    put_some_rows(task, token, row, V::kRows, values);
-    return;
+// Writes the sums of V::kRows rows from `row` on, of the T tokens from `token` on.
+template <class V, int T>
+INFERNEO_INLINE void put_tile(const RowsTask& task, int64_t token, int64_t row, typename V::Floats (&sum)[T]) {
+  if (row < task.row_begin || row + V::kRows > task.row_end || token + T > task.num_tokens) {
+    float values[T][V::kRows];
+    INFERNEO_UNROLL
+    for (int t = 0; t < T; ++t) V::store(values[t], sum[t]);
+    return put_edge(task, token, T, row, V::kRows, values[0]);
   }
-  const int64_t place = token * task.stride + row;
-  if (task.bias != nullptr) y = V::add(y, V::load_floats(task.bias + row));
-  if (task.residual != nullptr) y = V::add(V::load_floats(task.residual + place), y);
-  V::store(task.out + place, y);
+  const int64_t stride = task.stride, place = token * stride + row;
+  if (task.bias != nullptr) {
+    const auto bias = V::load_floats(task.bias + row);
+    INFERNEO_UNROLL
+    for (int t = 0; t < T; ++t) sum[t] = V::add(sum[t], bias);
+  }
+  if (task.residual != nullptr) {
+    const float* const residual = task.residual + place;
+    INFERNEO_UNROLL
+    for (int t = 0; t < T; ++t) sum[t] = V::add(V::load_floats(residual + t * stride), sum[t]);
+  }
+  float* const out = task.out + place;
+  INFERNEO_UNROLL
+  for (int t = 0; t < T; ++t) V::store(out + t * stride, sum[t]);
 }
 
 template <class V, Format F, int T>
@@ -299,9 +310,7 @@ INFERNEO_INLINE void tile(const RowsTask& task, int64_t group, int first, int64_
   } else {
     quantised_tile<V, F, T>(bytes, task.columns, first, task.quantized + token / kQuad * blocks_in(task.columns), sum);
   }
-  for (int t = 0; t < T && token + t < task.num_tokens; ++t) {
-    put_rows<V>(task, token + t, group * kGroupRows + first, sum[t]);
-  }
+  put_tile<V>(task, token, group * kGroupRows + first, sum);
 }
 
 template <class V, Format F>

@@ -4,7 +4,7 @@
 #include "half.h"
 #include "linear.h"
 
-#define INFERNEO_UNROLL _Pragma("GCC unroll 8")
+#define INFERNEO_UNROLL _Pragma("GCC unroll 16")
 #define INFERNEO_INLINE_LAMBDA __attribute__((always_inline))
 
 namespace inferneo {
@@ -53,16 +53,19 @@ struct RowsTask {
   int64_t stride;
 };
 
-// Writes those of `count` rows from `row` on that the task asks for: the first and last groups of a share.
-inline void put_some_rows(const RowsTask& task, int64_t token, int64_t row, int count, const float* values) {
-  const int64_t place = token * task.stride + row;
-  const int begin = task.row_begin > row ? static_cast<int>(task.row_begin - row) : 0;
-  const int end = task.row_end < row + count ? static_cast<int>(task.row_end - row) : count;
-  for (int i = begin; i < end; ++i) {
-    float y = values[i];
-    if (task.bias != nullptr) y += task.bias[row + i];
-    if (task.residual != nullptr) y = task.residual[place + i] + y;
-    task.out[place + i] = y;
+// Writes what the task asks for of values [num_tokens, num_rows], which begin at this token and row: a tile at the edge.
+inline void put_edge(const RowsTask& task, int64_t token, int64_t num_tokens, int64_t row, int64_t num_rows,
+                     const float* values) {
+  const int64_t begin = task.row_begin > row ? task.row_begin - row : 0;
+  const int64_t end = task.row_end < row + num_rows ? task.row_end - row : num_rows;
+  for (int64_t t = 0; t < num_tokens && token + t < task.num_tokens; ++t) {
+    const int64_t place = (token + t) * task.stride + row;
+    for (int64_t i = begin; i < end; ++i) {
+      float y = values[t * num_rows + i];
+      if (task.bias != nullptr) y += task.bias[row + i];
+      if (task.residual != nullptr) y = task.residual[place + i] + y;
+      task.out[place + i] = y;
+    }
   }
 }
 

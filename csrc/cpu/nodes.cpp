@@ -6,6 +6,9 @@ namespace inferneo {
 namespace {
 
 constexpr int64_t kFloat = sizeof(float);
+// The activations of so few are prepared by every lane for itself, which costs less than a barrier and what was written
+// on another core.
+constexpr int64_t kOwnTokens = 16;
 
 float* floats(std::byte* bytes) { return reinterpret_cast<float*>(bytes); }
 
@@ -29,26 +32,29 @@ ProductNode::ProductNode(const PackedLinear& weight, const float* norm_weight, f
       quad_bytes_(round_up(prepared_bytes(weight, kQuad), 64)) {}
 
 int64_t ProductNode::shared_bytes(const StepInput& step) const {
-  return num_rows(step) > 1 ? quads_in(num_rows(step)) * quad_bytes_ : 0;
+  return num_rows(step) > kOwnTokens ? quads_in(num_rows(step)) * quad_bytes_ : 0;
 }
 
 // A lane norms one quad after the other, where it quantises it.
 int64_t ProductNode::lane_bytes(const StepInput& step) const {
-  return normed_bytes_ + (num_rows(step) == 1 ? quad_bytes_ : 0);
+  return normed_bytes_ + (num_rows(step) > kOwnTokens ? 0 : quads_in(num_rows(step)) * quad_bytes_);
 }
 
 const void* ProductNode::prepare(const Frame& frame, const float* x, const int64_t* rows, Lane lane) const {
-  const int64_t count = num_rows(frame.step);
+  const int64_t num_quads = quads_in(num_rows(frame.step));
   std::byte* const scratch = frame.scratch(lane);
-  if (count == 1) {
-    std::byte* const out = scratch + normed_bytes_;
-    prepare_quad(frame, x, rows, scratch, out, 0);
-    return out;
+  const bool is_shared = num_rows(frame.step) > kOwnTokens;
+  std::byte* const out = is_shared ? frame.shared : scratch + normed_bytes_;
+  const auto prepare_quads = [&](Share quads) {
+    for (int64_t quad = quads.begin; quad < quads.end; ++quad) prepare_quad(frame, x, rows, scratch, out, quad);
+  };
+  if (is_shared) {
+    frame.team.share_out(num_quads, lane, prepare_quads);
+    frame.team.barrier(lane);
+  } else {
+    prepare_quads({0, num_quads});
   }
-  frame.team.share_out(quads_in(count), lane,
-                       [&](int64_t quad) { prepare_quad(frame, x, rows, scratch, frame.shared, quad); });
-  frame.team.barrier(lane);
-  return frame.shared;
+  return out;
 }
 
 void ProductNode::prepare_quad(const Frame& frame, const float* x, const int64_t* rows, std::byte* scratch,
@@ -74,9 +80,14 @@ void ProductNode::multiply(const Frame& frame, const void* prepared, Share token
   }
 }
 
-int64_t ProductNode::most_rows(int64_t num_tokens) const {
+int64_t ProductNode::shortest_piece(int64_t num_tokens) const {
   constexpr int64_t kProducts = 1 << 17;  // 0.7 us, for few tokens: no lane waits long for another's last piece
   return std::max(fewest_rows(), kProducts / (in_features_ * std::min(num_tokens, slab_)) + 1);
+}
+
+int64_t ProductNode::longest_piece(int64_t num_tokens) const {
+  constexpr int64_t kResults = 1 << 15;  // 128 KiB, an eighth of an L2: what follows a piece finds them there
+  return std::max(shortest_piece(num_tokens), kResults / std::min(num_tokens, slab_));
 }
 
 template <class F>
@@ -88,12 +99,17 @@ void ProductNode::share_product(const Frame& frame, Lane lane, int64_t rows, int
     return;
   }
   const auto ceil_div = [](int64_t a, int64_t b) { return (a + b - 1) / b; };
-  const int64_t each = ceil_div(rows, lane.count), cuts = ceil_div(each, most_rows(tokens));
-  const int64_t at_once = std::min(round_up(ceil_div(each, cuts), granule), rows);
-  const int64_t pieces = ceil_div(rows, at_once);
-  frame.team.share_out(ceil_div(tokens, slab_) * pieces, lane, [&](int64_t item) {
-    const int64_t token = item / pieces * slab_, row = item % pieces * at_once;
-    f(Share{token, std::min(token + slab_, tokens)}, Share{row, std::min(row + at_once, rows)});
+  const int64_t each = ceil_div(rows, lane.count), cuts = ceil_div(each, shortest_piece(tokens));
+  const int64_t at_once = std::min(round_up(ceil_div(each, cuts), granule), rows), num_pieces = ceil_div(rows, at_once);
+  const int64_t most_pieces = std::max(longest_piece(tokens) / at_once, int64_t{1});
+  frame.team.share_out(ceil_div(tokens, slab_) * num_pieces, lane, [&](Share pieces) {
+    while (pieces.begin < pieces.end) {
+      const int64_t token = pieces.begin / num_pieces * slab_, first = pieces.begin % num_pieces;
+      const int64_t count = std::min({pieces.end - pieces.begin, num_pieces - first, most_pieces});
+      f(Share{token, std::min(token + slab_, tokens)},
+        Share{first * at_once, std::min((first + count) * at_once, rows)});
+      pieces.begin += count;
+    }
   });
 }
 
@@ -120,9 +136,9 @@ void QkvRopeStoreNode::run(const Frame& frame, int64_t, Lane lane) const {
   });
   if (!is_split) return;
   frame.team.barrier(lane);
-  frame.team.share_out((num_tokens + kTokensAtOnce - 1) / kTokensAtOnce, lane, [&](int64_t item) {
-    const int64_t begin = item * kTokensAtOnce;
-    rotate_and_store(frame, q, kv, {begin, std::min(begin + kTokensAtOnce, num_tokens)}, {0, num_rows});
+  frame.team.share_out((num_tokens + kTokensAtOnce - 1) / kTokensAtOnce, lane, [&](Share items) {
+    const Share tokens{items.begin * kTokensAtOnce, std::min(items.end * kTokensAtOnce, num_tokens)};
+    rotate_and_store(frame, q, kv, tokens, {0, num_rows});
   });
 }
 
@@ -173,7 +189,7 @@ void LinearAddNode::run(const Frame& frame, int64_t, Lane lane) const {
 // Behind what prepare needs: a piece's products with rows of up.
 int64_t GateUpSiluNode::lane_bytes(const StepInput& step) const {
   const int64_t width = out_features_ / 2, num_tokens = std::min(step.num_tokens, slab_);
-  const int64_t rows = step.num_tokens == 1 ? width : round_up(most_rows(step.num_tokens), row_granule);
+  const int64_t rows = step.num_tokens == 1 ? width : round_up(longest_piece(step.num_tokens), row_granule);
   return ProductNode::lane_bytes(step) + num_tokens * std::min(rows, width) * kFloat;
 }
 

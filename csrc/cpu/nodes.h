@@ -18,8 +18,7 @@ class EmbedNode : public Node {
 
 // A product that may have a norm in front: what the nodes with weights share.
 //
-// One token's activations are prepared by every lane for itself, which costs less than waiting for one another; those
-// of several are prepared together.
+// Activations of few tokens are prepared by every lane for itself; those of more, together.
 class ProductNode : public Node {
  public:
   ProductNode(const PackedLinear& weight, const float* norm_weight, float eps);
@@ -34,11 +33,13 @@ class ProductNode : public Node {
   void multiply(const Frame& frame, const void* prepared, Share tokens, Share rows, float* out, int64_t stride,
                 const float* residual = nullptr) const;
   // f(tokens, rows) for pieces of a product with `rows` rows, whole granules, slab by slab of its tokens, until the
-  // lanes have done them all.
+  // lanes have done them all. A piece has the rows of the longest at most.
   template <class F>
   void share_product(const Frame& frame, Lane lane, int64_t rows, int64_t granule, F f) const;
-  // Rows of such a piece, for several tokens, unless the granule has more.
-  int64_t most_rows(int64_t num_tokens) const;
+  // Rows of such a piece, for several tokens, unless the granule has more: a lane takes some of the shortest, one behind
+  // the other, as one.
+  int64_t shortest_piece(int64_t num_tokens) const;
+  int64_t longest_piece(int64_t num_tokens) const;
   // Below this a piece's own cost, some 70 ns a call, counts.
   virtual int64_t fewest_rows() const { return 1; }
 

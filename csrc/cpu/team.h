@@ -59,12 +59,13 @@ class Team {
   // Returns once every lane of the running task is here. What a lane wrote before is seen by all after.
   void barrier(Lane lane);
 
-  // f(i) for each i in [0, count), once, on whichever lane: each goes through its own share, then through what slower
-  // lanes have left of theirs. At most once between two barriers.
+  // f(items) for runs of [0, count), each item once, on whichever lane: each goes through its own share, then through
+  // what slower lanes have left of theirs. It takes half of what is left at a time, so that runs are long at first and
+  // short at the end. At most once between two barriers.
   template <class F>
   void share_out(int64_t count, Lane lane, F f) {
     if (lane.count == 1) {
-      for (int64_t i = 0; i < count; ++i) f(i);
+      if (count > 0) f(Share{0, count});
       return;
     }
     const int phase = phase_of(lane);
@@ -72,9 +73,13 @@ class Team {
       const int owner = (lane.index + i) % lane.count;
       const Share whole = share(count, 1, {owner, lane.count});
       std::atomic<int64_t>& taken = taken_[owner].items[phase];
-      while (whole.begin + taken.load(std::memory_order_relaxed) < whole.end) {
-        const int64_t item = whole.begin + taken.fetch_add(1, std::memory_order_relaxed);
-        if (item < whole.end) f(item);
+      int64_t begin = whole.begin + taken.load(std::memory_order_relaxed);
+      while (begin < whole.end) {
+        const int64_t half = (whole.end - begin + 1) / 2;
+        begin = whole.begin + taken.fetch_add(half, std::memory_order_relaxed);
+        const int64_t end = begin + half < whole.end ? begin + half : whole.end;
+        if (begin < end) f(Share{begin, end});
+        begin = end;
       }
     }
   }
