@@ -40,8 +40,6 @@ class ProductNode : public Node {
   // the other, as one.
   int64_t shortest_piece(int64_t num_tokens) const;
   int64_t longest_piece(int64_t num_tokens) const;
-  // Below this a piece's own cost, some 70 ns a call, counts.
-  virtual int64_t fewest_rows() const { return 1; }
 
   const PackedLinear& weight_;
   // What a step asks of every node before it runs any; each weight's own would be a cold page.
@@ -98,9 +96,6 @@ class GateUpSiluNode : public ProductNode {
   using ProductNode::ProductNode;
   void run(const Frame& frame, int64_t index, Lane lane) const override;
   int64_t lane_bytes(const StepInput& step) const override;
-
- protected:
-  int64_t fewest_rows() const override { return 128; }
 };
 
 // Gives [num_rows, vocab_size]: the rows of x that StepInput.rows names.
@@ -111,7 +106,6 @@ class LmHeadNode : public ProductNode {
   bool takes_rows() const override { return true; }
 
  protected:
-  int64_t fewest_rows() const override { return 256; }
   int64_t num_rows(const StepInput& step) const override { return step.num_rows; }
 };
 
