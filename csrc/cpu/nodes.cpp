@@ -6,8 +6,8 @@ namespace inferneo {
 namespace {
 
 constexpr int64_t kFloat = sizeof(float);
-// The activations of so few are prepared by every lane for itself, which costs less than a barrier and what was written
-// on another core.
+// The activations of so few are prepared by every lane for itself, which costs less than a barrier and reading what
+// another core wrote.
 constexpr int64_t kOwnTokens = 16;
 
 float* floats(std::byte* bytes) { return reinterpret_cast<float*>(bytes); }
