@@ -53,7 +53,8 @@ struct RowsTask {
   int64_t stride;
 };
 
-// Writes what the task asks for of values [num_tokens, num_rows], which begin at this token and row: a tile at the edge.
+// Writes what the task asks for of values [num_tokens, num_rows], which begin at this token and row: a tile at the
+// edge.
 inline void put_edge(const RowsTask& task, int64_t token, int64_t num_tokens, int64_t row, int64_t num_rows,
                      const float* values) {
   const int64_t begin = task.row_begin > row ? task.row_begin - row : 0;

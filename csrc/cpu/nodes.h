@@ -36,8 +36,8 @@ class ProductNode : public Node {
   // lanes have done them all. A piece has the rows of the longest at most.
   template <class F>
   void share_product(const Frame& frame, Lane lane, int64_t rows, int64_t granule, F f) const;
-  // Rows of such a piece, for several tokens, unless the granule has more: a lane takes some of the shortest, one behind
-  // the other, as one.
+  // Rows of such a piece, for several tokens, unless the granule has more: a lane takes some of the shortest, one
+  // behind the other, as one.
   int64_t shortest_piece(int64_t num_tokens) const;
   int64_t longest_piece(int64_t num_tokens) const;
 
